@@ -1,0 +1,313 @@
+"""From a recipe to objects. The one module that knows every family, and where what a recipe points at is checked."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from . import config, data
+from .divergence import Divergence, Match, hinton, kl, mse, reverse_kl, wasserstein2
+from .errors import BadInput
+from .evaluate.cost import parameters
+from .evaluate.features import Features, from_network, pixels
+from .families.classifier import Classifier
+from .families.lvae import LVAE
+from .families.vae import VAE
+from .model import Model
+from .noise import Noise
+from .state import read_json, read_tensors, sha256
+
+ZOO = Path(__file__).parent / "zoo"
+Network = LVAE | VAE | Classifier
+_NET: TypeAdapter[config.Net] = TypeAdapter(config.Net)
+
+
+def born(seed: int, name: str, make: Callable[[], Any]) -> Any:
+    """Call ``make`` with torch's own generator, which initializes weights, seeded by the run's seed; it is put back after."""
+    words = Noise((seed, "weights")).uniform(name, (1, 2)).mul(2**24).long().flatten().tolist()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(words[0] * 2**24 + words[1])
+        return make()
+
+
+def network(net: config.Net) -> Network:
+    """A fresh network.
+
+    Raises:
+        BadInput: its numbers do not fit together.
+    """
+    try:
+        match net:
+            case config.LVAENet():
+                return LVAE(net.image, net.width, net.levels, net.latent, net.std)
+            case config.VAENet():
+                return VAE(net.image, net.width, net.latent, net.std)
+            case config.ClassifierNet():
+                return Classifier(net.image, net.classes, net.width)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+
+
+def load_weights(net: nn.Module, path: Path) -> None:
+    """Load a safetensors file into a network, by name and shape.
+
+    Raises:
+        BadInput: the file is broken, holds NaN, or is of another network.
+    """
+    tensors = read_tensors(path)
+    expected = net.state_dict()
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or extra:
+        lines = [f"{what} {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" for what, names in (("lacks", missing), ("has unknown", extra)) if names]
+        raise BadInput(f"{path}: not the weights of this {type(net).__name__}: it {' and '.join(lines)}")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise BadInput(f"{path}: {name} is {tuple(tensor.shape)}, but this {type(net).__name__} has {tuple(expected[name].shape)}")
+        if not tensor.isfinite().all():
+            raise BadInput(f"{path}: {name} holds NaN or infinite values")
+    net.load_state_dict(tensors)
+
+
+def locate(path: str) -> Path:
+    """The folder that ``zoo:NAME``, a local folder, or a Hub id stands for; a Hub id is downloaded, its two plain files alone.
+
+    Raises:
+        BadInput: there is none.
+    """
+    if path.startswith("zoo:"):
+        folder = ZOO / path[4:]
+        names = sorted(p.parent.name for p in ZOO.glob("*/model.safetensors"))
+        if folder.name not in names or folder.parent != ZOO:
+            raise BadInput(f"{path}: no such model in the zoo; it has {', '.join(names) or 'none'}")
+        return folder
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise BadInput(f"{path}: a folder with config.json and model.safetensors is expected; it is a file")
+    if path.count("/") == 1 and not path.startswith((".", "~", "/")):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(path, allow_patterns=["config.json", "model.safetensors"]))
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise BadInput(f"{path}: no such folder, and no model of that name could be had from the Hub ({type(error).__name__})") from None
+    raise BadInput(f"{path}: no such folder")
+
+
+def pretrained(path: str) -> Network:
+    """A network from a folder that :meth:`save_pretrained` wrote, in eval mode.
+
+    Raises:
+        BadInput: no such folder, or what is in it is broken.
+    """
+    folder = locate(path)
+    described = read_json(folder / "config.json")
+    if not isinstance(described, dict) or "family" not in described:
+        raise BadInput(f"{folder / 'config.json'}: no family in it; a folder written by a potstill network's save_pretrained is expected")
+    try:
+        net = network(_NET.validate_python({"kind": described["family"], **{k: v for k, v in described.items() if k != "family"}}))
+    except ValidationError as error:
+        raise BadInput(f"{folder / 'config.json'}: {error.errors()[0]['msg']}") from None
+    load_weights(net, folder / "model.safetensors")
+    return net.eval()
+
+
+def resolve(target: str, allowed: Sequence[str], **arguments: Any) -> Any:
+    """Call ``module:name``, from a module that the caller allowed by name.
+
+    Raises:
+        BadInput: the module was not allowed, or has no such function.
+    """
+    module, _, name = target.partition(":")
+    if module not in allowed:
+        raise BadInput(f"{target}: a recipe does not run code unless you allow its module: add --import {module}")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise BadInput(f"{target}: module {module} cannot be imported ({error})") from None
+    except AttributeError:
+        raise BadInput(f"{target}: module {module} has no {name}") from None
+    if not callable(function):
+        raise BadInput(f"{target}: not a function")
+    try:
+        return function(**arguments)
+    except TypeError as error:
+        raise BadInput(f"{target}: {error}") from None
+
+
+def _own_model(target: str, allowed: Sequence[str], **arguments: Any) -> Model:
+    model = resolve(target, allowed, **arguments)
+    if not isinstance(model, Model):
+        raise BadInput(f"{target}: returned a {type(model).__name__}; a potstill.model.Model is expected")
+    return model
+
+
+def teacher(section: config.Teacher, trained: Path, allowed: Sequence[str]) -> Model:
+    """The teacher, frozen.
+
+    Args:
+        section: of the recipe.
+        trained: folder of the model that this run's train stage made.
+        allowed: modules that code may come from.
+
+    Raises:
+        BadInput: it cannot be loaded, or does not generate images that are finite.
+    """
+    match section:
+        case config.Pretrained():
+            model = pretrained(section.path).model()
+        case config.Trained():
+            if not (trained / "model.safetensors").exists():
+                raise BadInput("teacher: not trained yet; run the train stage first")
+            model = pretrained(str(trained)).model()
+        case config.Weights():
+            net = network(section.net)
+            load_weights(net, Path(section.path))
+            model = net.model()
+        case config.Python():
+            model = _own_model(section.target, allowed, **section.arguments)
+    model = model.frozen()
+    if model.generate is None:
+        raise BadInput(f"teacher: a {type(model.net).__name__} does not generate; distilling it is not supported yet")
+    with torch.no_grad():
+        try:
+            finite = bool(model.sample(2, Noise((0,))).isfinite().all())
+        except (RuntimeError, TypeError, ValueError, KeyError) as error:
+            raise BadInput(f"teacher: its generate program fails: {error}") from None
+    if not finite:
+        raise BadInput("teacher: it generates NaN or infinite pixels; look at its weights")
+    return model
+
+
+def width_for(net: Network, ratio: float) -> int:
+    """The width at which a network of the same kind has about ``ratio`` times fewer parameters."""
+    goal = parameters(net) / ratio
+
+    def count(width: int) -> int:
+        with torch.device("meta"):
+            return parameters(net.shrunk(width))
+
+    low, high = 1, net.width
+    while high - low > 1:  # parameters rise with the width
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(middle) <= goal else (low, middle)
+    return min((low, high), key=lambda w: abs(count(w) - goal))
+
+
+def student(section: config.Student, of: Model, seed: int, allowed: Sequence[str]) -> Model:
+    """A fresh student of a teacher, its weights drawn from the seed.
+
+    Raises:
+        BadInput: it is wider than the teacher, or makes images of another shape.
+    """
+    if section.target is not None:
+        target = section.target
+        model: Model = born(seed, "student", lambda: _own_model(target, allowed, **section.arguments))
+    else:
+        net = of.net
+        if not isinstance(net, (LVAE, VAE, Classifier)):
+            raise BadInput(f"student: width and ratio are for potstill's own families; the teacher is a {type(net).__name__}. Give a target")
+        width = section.width if section.width is not None else width_for(net, section.ratio or 1)
+        if width > net.width:
+            raise BadInput(f"student: width {width} is wider than the teacher's {net.width}")
+        model = born(seed, "student", lambda: net.shrunk(width)).model()
+    if model.images.shape != of.images.shape:
+        raise BadInput(f"student: makes images of {model.images.shape}, the teacher of {of.images.shape}")
+    return model
+
+
+def dataset(section: config.Data | None, shape: tuple[int, int, int], who: str) -> data.Dataset | None:
+    """The real data, checked against the images that a network takes.
+
+    Raises:
+        BadInput: it cannot be read, or is of another shape.
+    """
+    if section is None:
+        return None
+    loaded = data.load(section)
+    found = loaded.train.images.shape[1:]
+    if found != tuple(shape):
+        raise BadInput(f"data: images of {found[0]} channels, {found[1]}x{found[2]}; the {who} takes {shape[0]} channels, {shape[1]}x{shape[2]}")
+    return loaded
+
+
+@dataclass(frozen=True)
+class FeatureSource:
+    """Features with a fingerprint of the network behind them."""
+
+    features: Features
+    digest: str
+
+
+def features(text: str, device: torch.device, allowed: Sequence[str], batch: int, shape: tuple[int, int, int]) -> FeatureSource:
+    """The features that a recipe names.
+
+    Args:
+        text: ``pixels``, ``classifier:PATH`` or ``python:module:name``, a function that returns a network from images
+            ``(batch, C, H, W)`` in [0, 1] to features ``(batch, d)``.
+        device: where the network runs.
+        allowed: modules that code may come from.
+        batch: images at a time.
+        shape: of the images.
+
+    Raises:
+        BadInput: anything else, or a classifier of other images.
+    """
+    kind, _, rest = text.partition(":")
+    if text == "pixels":
+        return FeatureSource(pixels(), "pixels")
+    if kind == "classifier" and rest:
+        net = pretrained(rest)
+        if not isinstance(net, Classifier):
+            raise BadInput(f"evaluate.features: {rest} is a {type(net).__name__}; a classifier is expected")
+        if net.image != tuple(shape):
+            raise BadInput(f"evaluate.features: the classifier {rest} takes images of {net.image}, the data's are {tuple(shape)}")
+        return FeatureSource(from_network(text, _Body(net), batch=batch, device=str(device)), sha256(locate(rest) / "model.safetensors"))
+    if kind == "python" and rest:
+        network = resolve(rest, allowed)
+        if not isinstance(network, nn.Module):
+            raise BadInput(f"evaluate.features: {rest} returned a {type(network).__name__}; a torch.nn.Module is expected")
+        return FeatureSource(from_network(text, network, batch=batch, device=str(device)), digest_of(network))
+    raise BadInput(f"evaluate.features: {text!r}; pixels, classifier:PATH or python:module:name is expected")
+
+
+class _Body(nn.Module):
+    def __init__(self, net: Classifier):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net.features(x)
+
+
+def digest_of(net: nn.Module) -> str:
+    """Hex digest of a network's class and state."""
+    import hashlib
+
+    hasher = hashlib.sha256(type(net).__name__.encode())
+    for name, tensor in sorted(net.state_dict().items()):
+        hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def rules(section: Sequence[config.Rule]) -> tuple[Match, ...]:
+    """The rules of a recipe as functions."""
+    named: dict[str, Divergence] = {"kl": kl, "reverse_kl": reverse_kl, "wasserstein2": wasserstein2, "mse": mse}
+    return tuple(Match(r.nodes, hinton(r.temperature) if r.by == "hinton" else named[r.by], r.weight, r.reduce) for r in section)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+

@@ -1,0 +1,135 @@
+"""The command line. Help and recipe errors come without importing torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .errors import BadInput, Failed
+
+STAGES = {
+    "train": "train a teacher or a feature network on real data (the data owner's side)",
+    "synthesize": "make the surrogate data set from the teacher",
+    "distill": "train the students of every arm and seed",
+    "evaluate": "measure the teacher and every student against held-out real images",
+    "report": "write report.html",
+}
+DEMO = Path(__file__).parent / "demo.yaml"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="potstill",
+        description="Make a small generative model out of a large one, without the data that it was trained on.",
+        epilog="Exit codes: 0 done, 1 the run failed, 2 the recipe or an argument is wrong, 130 interrupted (run it again to go on).",
+    )
+    parser.add_argument("--version", action="version", version=f"potstill {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def with_run(name: str, help: str, recipe: bool = True) -> None:
+        command = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        if recipe:
+            command.add_argument("recipe", help="a YAML file; see potstill schema")
+        command.add_argument("overrides", nargs="*", metavar="a.b=value", help="values that replace the recipe's")
+        command.add_argument("--out", type=Path, metavar="DIR", help="folder of the run; by default runs/NAME")
+        command.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE", help="allow the recipe to run code of this module")
+        command.add_argument("--quiet", action="store_true", help="show no progress")
+
+    with_run("demo", "the embedded example: a digits LVAE from the zoo becomes 12 times smaller, offline", recipe=False)
+    with_run("run", "every stage that the recipe has")
+    for name, help in STAGES.items():
+        with_run(name, help)
+    commands.add_parser("schema", help="print the recipe's JSON schema")
+    commands.add_parser("zoo", help="list the models that come with potstill")
+    commands.add_parser("doctor", help="versions, threads, devices, and what works here")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from . import config
+
+    path = DEMO if arguments.command == "demo" else arguments.recipe
+    recipe = config.read(path, arguments.overrides)
+    folder = arguments.out or Path("runs") / recipe.name
+    sys.path.insert(0, os.getcwd())  # a module that --import allows is looked for here, as python -m does
+    from . import pipeline
+    from .report.tables import text_table, verdict
+
+    stages = None if arguments.command in ("demo", "run") else (arguments.command,)
+    pipeline.execute(recipe, folder, stages, tuple(arguments.modules), arguments.quiet)
+    metrics = folder / "metrics.json"
+    if arguments.command in ("demo", "run", "evaluate") and metrics.exists():
+        found = json.loads(metrics.read_text(encoding="utf-8"))
+        print(text_table(found))
+        print(verdict(found))
+    if (folder / "report.html").exists() and arguments.command in ("demo", "run", "report"):
+        print(f"report: {folder / 'report.html'}")
+
+
+def _zoo() -> None:
+    for card in sorted((Path(__file__).parent / "zoo").glob("*/README.md")):
+        text = card.read_text(encoding="utf-8").split("---\n")[-1]
+        lines = [line for line in text.splitlines() if line and not line.startswith(("#", "```", "{"))]
+        size = (card.parent / "model.safetensors").stat().st_size / 2**20
+        print(f"zoo:{card.parent.name}  ({size:.2f} MiB)\n  {lines[0]}")
+
+
+def _doctor() -> None:
+    import importlib.util
+
+    from . import pipeline
+
+    torch: Any = __import__("torch")
+    found = pipeline.describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    for key in ("potstill", "python", "platform", "cpu", "cores"):
+        print(f"{key:<16}{found[key]}")
+    print(f"{'torch threads':<16}{torch.get_num_threads()}")
+    for name, present in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
+        print(f"{name:<16}{'yes' if present else 'no'}")
+    for package, number in found["versions"].items():
+        print(f"{package:<16}{number}")
+    for module, use in (("sklearn", "the demo and data: {kind: digits}"), ("datasets", "load_dataset on a surrogate")):
+        print(f"{module:<16}{'installed' if importlib.util.find_spec(module) else 'not installed'}: {use}")
+
+
+def _schema() -> None:
+    from .config import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=1))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        match arguments.command:
+            case "schema":
+                _schema()
+            case "zoo":
+                _zoo()
+            case "doctor":
+                _doctor()
+            case _:
+                _run(arguments)
+    except BadInput as error:
+        print(f"potstill: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        again = shlex.join(["potstill", *(sys.argv[1:] if argv is None else argv)])
+        print(f"potstill: interrupted; go on with: {again}", file=sys.stderr)
+        return 130
+    except (Failed, OSError) as error:
+        print(f"potstill: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

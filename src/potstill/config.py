@@ -1,0 +1,478 @@
+"""The recipe: what a run does, checked whole before anything starts. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import RecipeError
+
+MAX_RECIPE_BYTES = 1 << 20
+MAX_RECIPE_DEPTH = 32
+
+
+class Section(BaseModel):
+    """Every part of a recipe: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Target = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+ImageShape = tuple[Annotated[int, Field(ge=1, le=4)], Annotated[int, Field(ge=2, le=4096)], Annotated[int, Field(ge=2, le=4096)]]
+
+
+# ------------------------------------------------------------------ real data, which only its owner has
+
+
+class DigitsData(Section):
+    """scikit-learn's 1,797 handwritten digits, 8x8, split by a seed."""
+
+    kind: Literal["digits"]
+    seed: Seed = 0
+    train: Annotated[int, Field(ge=1, le=1796)] = 1200
+
+
+class FileData(Section):
+    """Images in a folder (png, jpg, webp, bmp), a parquet file or folder of them, or an npz file."""
+
+    kind: Literal["folder", "parquet", "npz"]
+    path: str
+    test_path: str | None = Field(None, description="held-out images; without it a fraction is split off by the seed")
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    seed: Seed = 0
+    image: str | None = Field(None, description="parquet column or npz array of the images; by default the first of image, img, images, x")
+    label: str | None = Field(None, description="parquet column or npz array of the labels; by default label, labels or y where there is one")
+    size: Annotated[int, Field(ge=2, le=4096)] | None = Field(None, description="resize to size x size; without it another size is an error")
+    mode: Literal["L", "RGB"] | None = Field(None, description="convert to gray or color; without it another mode is an error")
+
+
+Data = Annotated[DigitsData | FileData, Field(discriminator="kind")]
+
+
+# ------------------------------------------------------------------ networks
+
+
+class LVAENet(Section):
+    """Hierarchical VAE of Chen et al., CVPR 2023."""
+
+    kind: Literal["lvae"]
+    image: ImageShape
+    width: Count = 128
+    levels: Count = 5
+    latent: Count = 16
+    std: Positive = 0.05**0.5
+
+
+class VAENet(Section):
+    """VAE with one vector of latents."""
+
+    kind: Literal["vae"]
+    image: ImageShape
+    width: Count = 64
+    latent: Count = 32
+    std: Positive = 0.1
+
+
+class ClassifierNet(Section):
+    """Small residual classifier; its last hidden layer serves as features."""
+
+    kind: Literal["classifier"]
+    image: ImageShape
+    classes: Annotated[int, Field(ge=2)]
+    width: Count = 32
+
+
+Net = Annotated[LVAENet | VAENet | ClassifierNet, Field(discriminator="kind")]
+
+
+class Pretrained(Section):
+    """A folder written by ``save_pretrained``, ``zoo:NAME``, or a Hub id."""
+
+    kind: Literal["pretrained"]
+    path: str
+
+
+class Trained(Section):
+    """What the ``train`` section of this recipe makes."""
+
+    kind: Literal["trained"]
+
+
+class Weights(Section):
+    """A network described here, with weights from a safetensors file under the published names."""
+
+    kind: Literal["weights"]
+    path: str
+    net: Net
+
+
+class Python(Section):
+    """``module:name``, a function that returns a :class:`potstill.model.Model`; the module must be allowed with ``--import``."""
+
+    kind: Literal["python"]
+    target: Target
+    arguments: dict[str, Any] = {}
+
+
+Teacher = Annotated[Pretrained | Trained | Weights | Python, Field(discriminator="kind")]
+
+
+class Student(Section):
+    """The teacher's architecture with another width, given or found, or a model of one's own. Exactly one of the three."""
+
+    width: Count | None = Field(None, description="channels of the student's hidden maps")
+    ratio: Annotated[float, Field(gt=1)] | None = Field(None, description="times fewer parameters than the teacher; the nearest width is found")
+    target: Target | None = Field(None, description="module:name of a function that returns a Model")
+    arguments: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _one(self) -> Student:
+        given = [k for k in ("width", "ratio", "target") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of width, ratio and target; found {', '.join(given) or 'none'}")
+        if self.arguments and self.target is None:
+            raise ValueError("arguments go with target")
+        return self
+
+
+# ------------------------------------------------------------------ what is done with them
+
+
+class Training(Section):
+    """Updates of one phase."""
+
+    steps: Count = 1000
+    batch: Annotated[int, Field(ge=2)] = 128
+    lr: Positive = 2e-3
+    warmup: NotNegative = Field(50, description="updates over which the learning rate rises from 0")
+    decay: Literal["cosine", "constant"] = "cosine"
+    weight_decay: NotNegative = 0.0
+    clip: Positive | None = Field(None, description="largest norm of the gradient")
+    ema: Fraction = Field(0.0, description="decay per update of an exponential moving average of the weights, which is what is kept; 0 is off")
+
+
+class Train(Training):
+    """A teacher or a feature network from real data: the data owner's side."""
+
+    model: Net
+    beta: NotNegative = Field(1.0, description="weight of the latents' KL")
+    beta_warmup: NotNegative = Field(200, description="updates over which beta rises from 0")
+
+
+class Rule(Section):
+    """Which nodes to compare, and how; the first rule that matches a node wins."""
+
+    nodes: str = "*"
+    by: Literal["kl", "reverse_kl", "wasserstein2", "mse", "hinton"] = "kl"
+    temperature: Positive = Field(1.0, description="of hinton")
+    weight: NotNegative = 1.0
+    reduce: Literal["sum", "mean"] = "sum"
+
+
+class Ancestral(Section):
+    """Images from the teacher's own prior."""
+
+    kind: Literal["ancestral"] = "ancestral"
+    n: Count = Field(4096, description="images")
+    batch: Count = 256
+    shard: Count = Field(4096, description="images in a file")
+    observe: Literal["mean", "sample"] = Field("mean", description="the mean of the output's conditional, or a draw from it")
+
+
+class Generator(Training):
+    """First phase: the student's generator on the teacher's noise."""
+
+    rules: tuple[Rule, ...] = (Rule(nodes="z*", by="wasserstein2", weight=0.1, reduce="mean"), Rule(nodes="out", by="kl"))
+    replay: str = Field("", description="pattern of nodes at which the student takes the teacher's values")
+    share: str = Field("*", description="pattern of nodes at which the student gets the teacher's noise")
+
+
+class Encoder(Training):
+    """Second phase: the student's encoder on images, its generator frozen."""
+
+    rules: tuple[Rule, ...] = (Rule(nodes="z*", by="kl", weight=0.0), Rule(nodes="out", by="kl", weight=0.0))
+    replay: str = ""
+    elbo: NotNegative = Field(1.0, description="weight of the student's own negative ELBO of the images")
+
+
+class Scratch(Training):
+    """The one phase of a student without a teacher: the ELBO on real images."""
+
+    beta: NotNegative = Field(1.0, description="weight of the latents' KL")
+    beta_warmup: NotNegative = Field(200, description="updates over which beta rises from 0")
+
+
+class Distill(Section):
+    """The two phases of a distilled student, and the one of a student from scratch.
+
+    ``infer: null`` leaves the encoder as it was born.
+    """
+
+    generate: Generator = Generator()
+    infer: Encoder | None = Encoder()
+    scratch: Scratch = Scratch()
+
+
+class Arm(Section):
+    """One row of the table: a way to make the student.
+
+    ``data_free`` sees no data. ``with_data`` is distilled on real images by the same losses. ``scratch`` has no teacher: the
+    ELBO on real images.
+    """
+
+    kind: Literal["data_free", "with_data", "scratch"]
+    name: Name | None = None
+    steps: Count | None = Field(None, description="updates of the first phase, where this arm's differ from the recipe's")
+    replay: str | None = None
+    share: str | None = None
+
+    @property
+    def title(self) -> str:
+        """The row's name in metrics.json."""
+        return self.name or f"student_{self.kind}"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _fits(self) -> Arm:
+        if self.kind == "scratch" and (self.replay is not None or self.share is not None):
+            raise ValueError("replay and share are of distilled arms; a scratch arm has no teacher")
+        if self.title == "teacher":
+            raise ValueError("an arm cannot be named teacher, which is the teacher's own row")
+        return self
+
+
+class Evaluate(Section):
+    """Figures for the teacher and every arm."""
+
+    features: str = Field("pixels", description="pixels, classifier:PATH (a folder or zoo:NAME), or python:module:name")
+    n: Annotated[int, Field(ge=8)] | None = Field(None, description="images on each side; by default all held-out real ones")
+    batch: Count = 256
+    k: Count = Field(5, description="neighbors of precision, recall, density and coverage")
+    latency_threads: Count = 1
+    latency_repeats: Annotated[int, Field(ge=3)] = 50
+
+
+class Report(Section):
+    """The page."""
+
+    images: Annotated[int, Field(ge=1, le=64)] = Field(16, description="in a row of pictures")
+
+
+class Compute(Section):
+    """Where and how fast. A figure depends on the number of threads in its last digits, so it is stored beside it."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    threads: Count | None = Field(None, description="of one training on the CPU; by default the cores, shared among what runs side by side")
+    workers: Count | None = Field(None, description="trainings side by side; by default one per core on a CPU, one on a GPU")
+    save_seconds: NotNegative = Field(30.0, description="between two saved states")
+    log_steps: Count = 25
+
+
+class Recipe(Section):
+    """One run. Sections that are absent are stages that are not done."""
+
+    name: Name
+    seed: Seed = 0
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
+    data: Data | None = None
+    train: Train | None = None
+    teacher: Teacher | None = None
+    student: Student | None = None
+    surrogate: Ancestral | None = None
+    distill: Distill | None = None
+    arms: Annotated[tuple[Arm, ...], Field(min_length=1)] = (Arm(kind="data_free"),)
+    evaluate: Evaluate | None = None
+    report: Report | None = None
+    compute: Compute = Compute()
+
+    @field_validator("seeds", "arms")
+    @classmethod
+    def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        names = [v.title if isinstance(v, Arm) else v for v in values]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two are the same: {', '.join(map(str, names))}")
+        return values
+
+    @model_validator(mode="after")
+    def _complete(self) -> Recipe:
+        problems = []
+        if self.train and not self.data:
+            problems.append("train needs data")
+        if isinstance(self.teacher, Trained) and not self.train:
+            problems.append("teacher: {kind: trained} needs a train section")
+        if self.surrogate and not self.teacher:
+            problems.append("surrogate needs a teacher")
+        if self.distill and not (self.teacher and self.student):
+            problems.append("distill needs a teacher and a student")
+        if self.distill and self.distill.infer and not self.surrogate and any(a.kind == "data_free" for a in self.arms):
+            problems.append("distill.infer trains the encoder on surrogate images and needs a surrogate section, or infer: null")
+        if self.distill and not self.data and any(a.kind != "data_free" for a in self.arms):
+            problems.append("arms with_data and scratch need data")
+        if self.evaluate and not (self.distill and self.data):
+            problems.append("evaluate needs distill, and data to compare with")
+        if self.report and not self.evaluate:
+            problems.append("report needs evaluate")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+# ------------------------------------------------------------------ reading
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers (``1e-3`` is one), no duplicate keys."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [k.value for k, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise RecipeError(f"{key}: given twice")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {k: [(t, r) for t, r in v if t != "tag:yaml.org,2002:timestamp"] for k, v in _Loader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"),
+    list("-+.0123456789"),
+)
+
+
+def _parse(text: str, source: str) -> Any:
+    if len(text.encode()) > MAX_RECIPE_BYTES:
+        raise RecipeError(f"{source}: more than {MAX_RECIPE_BYTES} bytes; a recipe is a page of text")
+    try:
+        depth = 0
+        for event in yaml.parse(text, Loader=_Loader):
+            if isinstance(event, yaml.AliasEvent):
+                raise RecipeError(f"{source}: line {event.start_mark.line + 1}: aliases are not allowed; write the value out")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_RECIPE_DEPTH:
+                raise RecipeError(f"{source}: nested more than {MAX_RECIPE_DEPTH} deep")
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise RecipeError(f"{source}: {where}not YAML: {getattr(error, 'problem', None) or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{source}: {error}") from None
+
+
+def _override(tree: Any, assignment: str) -> None:
+    path, equals, text = assignment.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"{assignment}: an override is written a.b=value")
+    for i, key in enumerate(keys[:-1]):
+        tree = tree[int(key)] if isinstance(tree, list) and key.isdigit() and int(key) < len(tree) else tree
+        if isinstance(tree, dict):
+            if tree.get(key) is None:
+                tree[key] = {}
+            tree = tree[key]
+        elif not isinstance(tree, list):
+            raise RecipeError(f"{assignment}: {'.'.join(keys[:i])} is no section of the recipe")
+    value = _parse(text, assignment)
+    if isinstance(tree, dict):
+        tree[keys[-1]] = value
+    elif isinstance(tree, list) and keys[-1].isdigit() and int(keys[-1]) < len(tree):
+        tree[int(keys[-1])] = value
+    else:
+        raise RecipeError(f"{assignment}: {'.'.join(keys[:-1])} is no section of the recipe")
+
+
+def _known_keys(location: Sequence[int | str]) -> list[str]:
+    """Keys that the model at the location of an unknown key would have taken, for a suggestion."""
+    schema = Recipe.model_json_schema()
+    definitions = schema["$defs"]
+    candidates = [schema]
+    for part in location:
+        following = []
+        for s in candidates:
+            if isinstance(part, int):
+                following.append(s.get("items", {}))
+            elif part in s.get("properties", {}):
+                following.append(s["properties"][part])
+            else:
+                following.append(s)  # the tag of a union, which is no key
+        candidates = []
+        while following:
+            s = following.pop()
+            if "$ref" in s:
+                following.append(definitions[s["$ref"].rpartition("/")[2]])
+            elif "anyOf" in s or "oneOf" in s:
+                following += s.get("anyOf", []) + s.get("oneOf", [])
+            else:
+                candidates.append(s)
+    return [key for s in candidates for key in s.get("properties", {})]
+
+
+def _problem(error: Any) -> str:
+    location = error["loc"]
+    if error["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(str(location[-1]), _known_keys(location[:-1]), n=1)
+        return f"{_dotted(location)}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
+    found = error.get("input")
+    shown = "" if isinstance(found, (dict, list)) or error["type"] == "missing" else f" (found {found!r})"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{_dotted(location) or 'recipe'}: {message[0].lower() + message[1:]}{shown}"
+
+
+def _dotted(location: Sequence[int | str]) -> str:
+    tags = {"digits", "folder", "parquet", "npz", "lvae", "vae", "classifier", "pretrained", "trained", "weights", "python"}
+    return ".".join(str(p) for p in location if p not in tags)
+
+
+def check(tree: Any) -> Recipe:
+    """A recipe from plain data.
+
+    Raises:
+        RecipeError: one line for each thing that is wrong.
+    """
+    if not isinstance(tree, dict):
+        raise RecipeError(f"recipe: a mapping of sections is expected, found {type(tree).__name__}")
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_problem(e) for e in error.errors())) from None
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe, with dotted overrides such as ``distill.generate.lr=1e-3``.
+
+    Raises:
+        RecipeError: the file is missing, is no YAML, or is no recipe.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read ({error})") from None
+    tree = _parse(text, str(path))
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: a mapping of sections is expected, found {type(tree).__name__}")
+    for assignment in overrides:
+        _override(tree, assignment)
+    return check(tree)
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, with every default written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)

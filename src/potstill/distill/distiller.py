@@ -1,0 +1,182 @@
+"""What is trained: a student against a teacher, or a model against images. Each is a module, so that DDP sees every use of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..divergence import Match, compare, negative_elbo
+from ..model import Model
+from ..noise import Noise, NoiseSource
+from ..trace import noise_of, run
+
+
+@dataclass(frozen=True)
+class PartlyShared:
+    """The shared noise at nodes that match the pattern, noise of one's own elsewhere."""
+
+    shared: NoiseSource
+    own: NoiseSource
+    pattern: str
+
+    def normal(self, name: str, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        return self._source(name).normal(name, shape, device)
+
+    def uniform(self, name: str, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        return self._source(name).uniform(name, shape, device)
+
+    def _source(self, name: str) -> NoiseSource:
+        return self.shared if fnmatchcase(name, self.pattern) else self.own
+
+
+class Distiller(nn.Module):
+    """Runs one program of both models on the same noise and compares the traces.
+
+    With images and ``program="generate"``, the noise is the one behind the images: what the teacher infers from them,
+    turned into the standard noise under which the teacher generates it. So images, real or surrogate, and fresh noise
+    train a generator by one loss.
+
+    Args:
+        teacher: frozen by the caller; it is not a submodule, so neither the state dict nor DDP knows it.
+        student: the model that learns.
+        rules: which nodes to compare, and how.
+        program: "generate", "infer" or "link".
+        replay: pattern of node names whose values the student takes from the teacher. ``"*"`` fits each conditional on
+            the teacher's own values, and the loss is the forward KL of the joint (chain rule); ``""`` lets the student
+            run free on the teacher's noise.
+        share: pattern of node names at which the student gets the teacher's noise; elsewhere it draws its own.
+        elbo: weight of the student's negative ELBO of the images, with program "infer".
+    """
+
+    def __init__(
+        self,
+        teacher: Model,
+        student: Model,
+        rules: Sequence[Match] = (Match(),),
+        program: str = "generate",
+        replay: str = "",
+        share: str = "*",
+        elbo: float = 0.0,
+    ):
+        super().__init__()
+        self.net = student.net
+        self._teacher = (teacher,)
+        self._student, self.rules, self.program, self.replay, self.share, self.elbo = student, tuple(rules), program, replay, share, elbo
+
+    def forward(self, noise: Noise, images: Tensor | None = None, n: int | None = None) -> dict[str, Tensor]:
+        """Weighted losses by node, each ``(batch,)``.
+
+        Args:
+            noise: the teacher's, and the student's where it is shared.
+            images: ``(batch, C, H, W)`` in [0, 1], or ``None`` to start from noise.
+            n: batch size where there are no images.
+        """
+        (teacher,), student = self._teacher, self._student
+        shared: NoiseSource = noise
+        if self.program == "generate" or images is None:
+            program_inputs = []
+        else:
+            program_inputs = [(m.images.encode(images),) for m in (teacher, student)]
+        for_teacher, for_student = program_inputs or ((), ())
+        n = n if images is None else len(images)
+        with torch.no_grad():
+            given = {}
+            if self.program == "generate" and images is not None:
+                seen = run(teacher.program("infer"), teacher.images.encode(images), noise=noise)
+                given = {name: node.value for name, node in seen.latents().items()}
+            t = run(teacher.program(self.program), *for_teacher, noise=noise, n=n, given=given, device=teacher.device)
+            if given:
+                shared = noise_of(t, noise)
+            replayed = t.values_of(self.replay) if self.replay else {}
+        if self.share != "*":
+            shared = PartlyShared(shared, noise.fold("the student's own"), self.share)
+        s = run(student.program(self.program), *for_student, noise=shared, n=n, given=replayed, device=teacher.device)
+        losses = compare(t, s, self.rules) if any(rule.weight for rule in self.rules) else {}
+        if self.elbo:
+            parts = negative_elbo(s, for_student[0])
+            losses |= {f"elbo.{name}": self.elbo * part for name, part in parts.items()}
+        return losses
+
+
+class Elbo(nn.Module):
+    """The negative ELBO of images: how a teacher is trained, and a student from scratch.
+
+    Args:
+        model: a model that infers and generates.
+        beta: weight of the latents' KL (Higgins et al., 2017).
+    """
+
+    def __init__(self, model: Model, beta: float = 1.0):
+        super().__init__()
+        self.net = model.net
+        self._model, self.beta = model, beta
+
+    def forward(self, noise: Noise, images: Tensor, warmup: float = 1.0) -> dict[str, Tensor]:
+        """Loss by node, each ``(batch,)``, in nats.
+
+        Args:
+            noise: of the posterior's samples.
+            images: ``(batch, C, H, W)`` in [0, 1].
+            warmup: factor in [0, 1] on beta, so that early training does not empty the latents (Sønderby et al., 2016).
+        """
+        x = self._model.images.encode(images)
+        parts = negative_elbo(run(self._model.program("infer"), x, noise=noise), x)
+        return {name: part if name == "out" else self.beta * warmup * part for name, part in parts.items()}
+
+
+class Classification(nn.Module):
+    """Cross-entropy of images against their labels."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        self.net = model.net
+        self._model = model
+
+    def forward(self, noise: Noise, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Cross-entropy in nats, ``(batch,)``; images ``(batch, C, H, W)`` in [0, 1], labels ``(batch,)`` int64."""
+        trace = run(self._model.program("infer"), self._model.images.encode(images), noise=noise)
+        return {"out": -trace.out.dist.log_prob(labels)}
+
+
+def reached(model: Model, program: str) -> set[str]:
+    """Names of the parameters that the program's conditionals depend on, found by running it once on a batch of two.
+
+    The generator's parameters are those that "generate" reaches; the encoder's, those that only "infer" reaches.
+    The network's state is left as it was.
+    """
+    was_training = model.net.training
+    required = {name: p.requires_grad for name, p in model.net.named_parameters()}
+    model.net.eval().requires_grad_(True)
+    try:
+        inputs = () if program == "generate" else (model.images.encode(torch.full((2, *model.images.shape), 0.5, device=model.device)),)
+        with torch.enable_grad():
+            trace = run(model.program(program), *inputs, noise=Noise((0,)), n=2, device=model.device)
+            tensors = [t for node in trace.values() for t in (node.dist.__dict__ | {"value": node.value}).values() if isinstance(t, Tensor)]
+            total = sum((t.float().sum() for t in tensors if t.requires_grad), torch.zeros((), device=model.device))
+            names, parameters = zip(*model.net.named_parameters(), strict=True)
+            gradients = torch.autograd.grad(total, parameters, allow_unused=True) if total.requires_grad else [None] * len(names)
+        return {name for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
+    finally:
+        for name, p in model.net.named_parameters():
+            p.requires_grad_(required[name])
+        model.net.train(was_training)
+
+
+def train_only(net: nn.Module, names: set[str]) -> list[nn.Parameter]:
+    """Let the named parameters learn, freeze the rest, and put frozen BatchNorm in eval mode so that its statistics stay.
+
+    Returns the parameters that learn, in the network's order.
+    """
+    net.train()
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name in names)
+    for module in net.modules():
+        own = list(module.parameters(recurse=False))
+        if isinstance(module, _BatchNorm) and own and not any(p.requires_grad for p in own):
+            module.eval()
+    return [p for p in net.parameters() if p.requires_grad]

@@ -1,0 +1,279 @@
+"""The one training loop: any objective, resumable to the bit from any update, on whatever accelerate runs it on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..config import Training
+from ..divergence import total
+from ..errors import BadInput
+from ..noise import Noise
+from ..state import States
+
+Objective = Callable[..., dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What an objective is given at one update.
+
+    Args:
+        noise: addressed by this process's rows of the batch.
+        index: positions in the data set, ``(batch,)`` int64 on the CPU, or ``None`` where there is no data.
+        n: samples of this process.
+        step: updates done before this one.
+    """
+
+    noise: Noise
+    index: Tensor | None
+    n: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of updates.
+
+    Args:
+        name: in the log and the state.
+        objective: a module whose forward gives losses by name, each ``(batch,)``.
+        loss: calls the (wrapped) objective on a batch.
+        parameters: what learns.
+        training: updates, batch size, learning rate and so on.
+        images: size of the data set that indices are drawn from; 0 where batches are of noise alone.
+    """
+
+    name: str
+    objective: nn.Module
+    loss: Callable[[nn.Module, Batch], dict[str, Tensor]]
+    parameters: list[nn.Parameter]
+    training: Training
+    images: int = 0
+
+
+def learning_rate(training: Training, step: int) -> float:
+    """Learning rate of the update after ``step`` updates: a linear rise, then a cosine to 0 or a constant."""
+    rise = min(1.0, (step + 1) / training.warmup) if training.warmup else 1.0
+    fall = 0.5 * (1 + math.cos(math.pi * step / training.steps)) if training.decay == "cosine" else 1.0
+    return training.lr * rise * fall
+
+
+class Shuffled:
+    """Batches of indices, epoch by epoch in an order drawn from the noise: a function of the step, so it needs no state."""
+
+    def __init__(self, images: int, batch: int, noise: Noise):
+        self._images, self._batch, self._noise = images, min(batch, images), noise
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def __call__(self, step: int) -> Tensor:
+        """Indices of the batch after ``step`` updates, ``(batch,)`` int64; a last part smaller than a batch is left out."""
+        per_epoch = self._images // self._batch
+        epoch, position = divmod(step, per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._noise.fold("epoch", epoch).permutation("order", self._images)
+        return self._order[position * self._batch : (position + 1) * self._batch]
+
+
+class Average:
+    """Exponential moving average of a network's weights and BatchNorm statistics."""
+
+    def __init__(self, net: nn.Module, decay: float):
+        self._net, self._decay = net, decay
+        self.shadow = {name: t.detach().clone() for name, t in net.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move towards the network, faster at first, when the average would still remember the random start."""
+        decay = min(self._decay, (1 + step) / (10 + step))
+        for name, t in self._net.state_dict().items():
+            if t.is_floating_point():
+                self.shadow[name].lerp_(t, 1 - decay)
+            else:
+                self.shadow[name].copy_(t)
+
+
+class Log:
+    """``log.jsonl``: one JSON object a line. What a killed run wrote past its last state is cut off when it resumes."""
+
+    def __init__(self, path: Path, told: Callable[[dict[str, Any]], None] | None = None):
+        self._path, self._told = path, told
+
+    def rewind(self, done: dict[str, int]) -> None:
+        """Keep the lines of phases in ``done`` up to their step, and of no other phase."""
+        kept = []
+        if self._path.exists():
+            for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    entry = json.loads(line)
+                    if entry["step"] <= done.get(entry["phase"], 0):
+                        kept.append(line)
+                except (json.JSONDecodeError, KeyError, TypeError):
+                    continue
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def write(self, entry: dict[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        if self._told:
+            self._told(entry)
+
+
+def accelerator(device: str = "auto") -> Accelerator:
+    """An accelerator for this process; on a machine without CUDA it says so, or CPU ranks would each believe they are alone."""
+    return Accelerator(cpu=device == "cpu" or (device == "auto" and not torch.cuda.is_available()))
+
+
+def rows_of(batch: int, process: int, processes: int) -> range:
+    """This process's rows of a batch: together the processes hold each row once."""
+    return range(batch * process // processes, batch * (process + 1) // processes)
+
+
+def fit(
+    net: nn.Module,
+    phases: Callable[[str], Phase],
+    names: list[str],
+    noise: Noise,
+    *,
+    engine: Accelerator,
+    states: States,
+    log: Log,
+    save_seconds: float = 30.0,
+    log_steps: int = 25,
+    keep_going: Callable[[], bool] = lambda: True,
+) -> None:
+    """Train ``net`` through its phases, in place. A run that was killed goes on from its last state to the same bits.
+
+    Args:
+        net: what is saved and averaged.
+        phases: makes a phase by name, when it begins; it decides what learns.
+        names: the phases, in order.
+        noise: folded by phase and step.
+        engine: where it runs.
+        states: where the state is kept.
+        log: where losses go.
+        save_seconds: least time between two saved states.
+        log_steps: updates between two lines of the log.
+        keep_going: asked before every update; when it says no, the state is saved and ``KeyboardInterrupt`` raised.
+
+    Raises:
+        BadInput: a loss is not finite; it names the term and the step.
+    """
+    saved, _ = states.load()
+    first = 0
+    if saved:
+        net.load_state_dict(saved["net"])
+        first = names.index(saved["phase"])
+        log.rewind({**{name: 1 << 60 for name in names[:first]}, names[first]: saved["step"]})
+    else:
+        log.rewind({})
+    for position in range(first, len(names)):
+        resumed = saved if saved and position == first else None
+        _fit_phase(net, phases(names[position]), noise, resumed, engine, states, log, save_seconds, log_steps, keep_going, position)
+
+
+def _fit_phase(
+    net: nn.Module,
+    phase: Phase,
+    noise: Noise,
+    saved: dict[str, Any] | None,
+    engine: Accelerator,
+    states: States,
+    log: Log,
+    save_seconds: float,
+    log_steps: int,
+    keep_going: Callable[[], bool],
+    position: int,
+) -> None:
+    training = phase.training
+    optimizer = torch.optim.AdamW(phase.parameters, training.lr, weight_decay=training.weight_decay, foreach=True)
+    average = Average(net, training.ema) if training.ema else None
+    start = 0
+    if saved:
+        optimizer.load_state_dict(saved["optimizer"])
+        if average:
+            average.shadow = saved["average"]
+        start = saved["step"]
+    objective, optimizer = engine.prepare(phase.objective, optimizer)
+    source = noise.fold(phase.name)
+    batch = min(training.batch, phase.images) if phase.images else training.batch
+    rows = rows_of(batch, engine.process_index, engine.num_processes)
+    shuffled = Shuffled(phase.images, batch, source) if phase.images else None
+
+    def save(step: int) -> None:
+        if engine.is_main_process:
+            plain = optimizer.optimizer.state_dict()
+            tree = {"phase": phase.name, "step": step, "net": dict(net.state_dict()), "optimizer": plain}
+            states.save((position << 24) + step, tree | ({"average": average.shadow} if average else {}))
+
+    since_log, since_save, logged = time.perf_counter(), time.monotonic(), start
+    for step in range(start, training.steps):
+        if not keep_going():
+            save(step)
+            raise KeyboardInterrupt
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(training, step)
+        index = shuffled(step)[rows.start : rows.stop] if shuffled else None
+        with engine.autocast():
+            losses = phase.loss(objective, Batch(source.fold(step).at(rows), index, len(rows), step))
+            loss = total(losses).mean()
+        engine.backward(loss)
+        if training.clip is not None:
+            engine.clip_grad_norm_(phase.parameters, training.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        done = step + 1
+        if average:
+            average.update(done)
+        if done % log_steps == 0 or done == training.steps or step == start:
+            # The loss is read, and so the device waited for, only when a line is written; until then a bad value cannot be saved.
+            parts = {name: value.detach().float().mean().item() for name, value in losses.items()}
+            value = sum(parts.values())
+            if not math.isfinite(value):
+                bad = [name for name, part in parts.items() if not math.isfinite(part)]
+                raise BadInput(
+                    f"{phase.name}: the loss of {', '.join(bad)} is not finite at update {done}; "
+                    f"lower lr (now {training.lr:g}), set clip, or look at the teacher's weights"
+                )
+            now = time.perf_counter()
+            speed = (done - logged) * batch / max(now - since_log, 1e-9)
+            since_log, logged = now, done
+            if engine.is_main_process:
+                entry = {"phase": phase.name, "step": done, "steps": training.steps, "loss": value, **{f"loss/{k}": v for k, v in parts.items()}}
+                log.write(entry | {"lr": learning_rate(training, step), "images_per_second": round(speed, 1)})
+            if done < training.steps and time.monotonic() - since_save >= save_seconds:
+                save(done)
+                since_save = time.monotonic()
+    if average:
+        net.load_state_dict(average.shadow)
+    save(training.steps)
+
+
+def watch_parent() -> Callable[[], bool]:
+    """A ``keep_going`` for a worker: no, once the process that started it is gone, so that a killed run leaves no orphans."""
+    parent = os.getppid()
+    return lambda: os.getppid() == parent
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Torch's threads on the CPU within the block; ``None`` leaves them."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,109 @@
+"""The figures of one model: its samples against real ones, its reconstructions, its cost."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..divergence import latent_kl, per_sample
+from ..model import Model
+from ..noise import Noise
+from ..trace import run
+from . import distances
+from .cost import latency
+from .features import Features
+
+
+def samples(model: Model, n: int, noise: Noise, batch: int) -> Tensor:
+    """``(n, C, H, W)`` in [0, 1] on the CPU; image ``i`` is row ``i`` of the noise."""
+    return torch.cat([model.sample(min(batch, n - i), noise.at(range(i, min(i + batch, n)))).float().cpu() for i in range(0, n, batch)])
+
+
+@torch.no_grad()
+def reconstructions(model: Model, x: Tensor, noise: Noise, batch: int) -> tuple[Tensor, dict[str, float]]:
+    """Images through a model's latents and back.
+
+    Args:
+        model: one that infers.
+        x: ``(n, C, H, W)`` in [0, 1].
+        noise: of the posterior's samples; image ``i`` uses row ``i``.
+        batch: images at a time.
+
+    Returns:
+        The reconstructions, clipped to [0, 1], on the CPU, and ``reconstruction_mse`` (per pixel), ``kl`` (nats per image, all
+        latents) and ``nelbo``: |x - reconstruction|^2 / (2 std^2) + kl, the negative ELBO in nats per image without the Gaussian's
+        constant, where the output is a normal.
+    """
+    outputs, errors, divergences, distortions = [], [], [], []
+    for i in range(0, len(x), batch):
+        part = x[i : i + batch].to(model.device)
+        encoded = model.images.encode(part)
+        trace = run(model.program("infer"), encoded, noise=noise.at(range(i, i + len(part))))
+        mean = trace.out.dist.mean
+        output = model.images.decode(mean).clamp(0, 1)
+        outputs.append(output.float().cpu())
+        errors.append(per_sample((output - part) ** 2).cpu() / part[0].numel())
+        divergences.append(sum(latent_kl(trace).values(), torch.zeros(len(part), device=part.device)).cpu())
+        if isinstance(trace.out.dist, torch.distributions.Normal):
+            distortions.append(per_sample((encoded - mean) ** 2 / (2 * trace.out.dist.scale**2)).cpu())
+    kl = torch.cat(divergences)
+    figures = {"reconstruction_mse": torch.cat(errors).double().mean().item(), "kl": kl.double().mean().item()}
+    if distortions:
+        figures["nelbo"] = (torch.cat(distortions) + kl).double().mean().item()
+    return torch.cat(outputs), figures
+
+
+def quality(generated: Tensor, real: NDArray, features: Features, k: int) -> dict[str, float]:
+    """Every distance of section "evaluation" between generated images and the features of real ones."""
+    return distances(real, features(generated), k=k)
+
+
+class _Remembered:
+    """Noise that is drawn once: what is timed is the network, not the generator of random numbers, which a user may replace."""
+
+    def __init__(self, noise: Noise):
+        self._noise = noise
+        self._drawn: dict[str, Tensor] = {}
+
+    def normal(self, name: str, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        if name not in self._drawn:
+            self._drawn[name] = self._noise.normal(name, shape, device)
+        return self._drawn[name]
+
+    def uniform(self, name: str, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        if name not in self._drawn:
+            self._drawn[name] = self._noise.uniform(name, shape, device)
+        return self._drawn[name]
+
+
+def _sampler(model: Model) -> Callable[[int], Tensor]:
+    noise = _Remembered(Noise((0, "latency")))
+    return lambda n: model.sample(n, noise)
+
+
+def cost(model: Model, threads: int, repeats: int) -> dict[str, float]:
+    """Latency of generating 1 and 64 images, in ms, with that many threads on a CPU, and images per second at 64."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        timed = {b: latency(_sampler(model), b, device=model.device, repeats=repeats) for b in (1, 64)}
+    finally:
+        torch.set_num_threads(before)
+    return {
+        "latency_ms_b1": timed[1].median_ms,
+        "latency_ms_b64": timed[64].median_ms,
+        "latency_iqr_ms_b1": timed[1].iqr_ms,
+        "latency_iqr_ms_b64": timed[64].iqr_ms,
+        "throughput": 64e3 / timed[64].median_ms,
+    }
+
+
+def over_seeds(figures: Iterable[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean and sample standard deviation (0 for one seed) of each figure."""
+    rows = list(figures)
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return {name: {"mean": statistics.fmean(v), "sd": statistics.stdev(v) if len(v) > 1 else 0.0} for name, v in columns.items()}

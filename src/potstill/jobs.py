@@ -1,0 +1,327 @@
+"""One training of a recipe: its teacher, or the student of one arm and one seed."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from . import build, config
+from .data import Dataset
+from .distill.distiller import Classification, Distiller, Elbo, reached, train_only
+from .distill.loop import Batch, Log, Phase, fit
+from .errors import BadInput
+from .families.classifier import Classifier
+from .model import Model
+from .noise import Noise
+from .state import States, publish, read_json, sha256, write_json
+from .synthesize import surrogate
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """A recipe with what its trainings share: the teacher, the data, the surrogate, each loaded when first asked for.
+
+    Args:
+        recipe: checked.
+        folder: of the run.
+        allowed: modules that code may come from.
+    """
+
+    recipe: config.Recipe
+    folder: Path
+    allowed: tuple[str, ...] = ()
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where networks run."""
+        wanted = self.recipe.compute.device
+        if wanted == "auto":
+            wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        if (wanted == "cuda" and not torch.cuda.is_available()) or (wanted == "mps" and not torch.backends.mps.is_available()):
+            raise BadInput(f"compute.device: {wanted} is not available here")
+        return torch.device(wanted)
+
+    @cached_property
+    def teacher(self) -> Model:
+        """Frozen."""
+        if self.recipe.teacher is None:
+            raise BadInput("the recipe names no teacher")
+        model = build.teacher(self.recipe.teacher, self.folder / "teacher", self.allowed)
+        model.net.to(self.device)
+        return model
+
+    @cached_property
+    def teacher_digest(self) -> str:
+        return build.digest_of(self.teacher.net)
+
+    @cached_property
+    def data(self) -> Dataset | None:
+        """Real images, of the teacher's shape, or of the shape of what is trained."""
+        if self.recipe.teacher is None or (self.recipe.train and isinstance(self.recipe.teacher, config.Trained)):
+            return build.dataset(self.recipe.data, self.recipe.train.model.image, self.recipe.train.model.kind) if self.recipe.train else None
+        return build.dataset(self.recipe.data, self.teacher.images.shape, "teacher")
+
+    @cached_property
+    def real(self) -> Dataset:
+        """Real images where they are needed."""
+        if self.data is None:
+            raise BadInput("the recipe names no data")
+        return self.data
+
+    @cached_property
+    def surrogate(self) -> npt.NDArray[np.uint8]:
+        """Surrogate images, of the teacher's shape."""
+        images = surrogate.read(self.folder / "surrogate")
+        if images.shape[1:] != self.teacher.images.shape:
+            raise BadInput(f"surrogate: images of {images.shape[1:]}, the teacher's are {self.teacher.images.shape}")
+        return images
+
+    def student(self, seed: int) -> Model:
+        """A fresh student."""
+        if self.recipe.student is None:
+            raise BadInput("the recipe names no student")
+        model = build.student(self.recipe.student, self.teacher, seed, self.allowed)
+        model.net.to(self.device)
+        return model
+
+
+@dataclass(frozen=True)
+class Job:
+    """A student of one arm and one seed."""
+
+    arm: config.Arm
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm.title}/seed-{self.seed}"
+
+
+def jobs(recipe: config.Recipe) -> list[Job]:
+    """Every student of a recipe, seed by seed, so that a run that is cut short has whole comparisons."""
+    return [Job(arm, seed) for seed in recipe.seeds for arm in recipe.arms]
+
+
+def student_folder(run: Path, job: Job) -> Path:
+    return run / "students" / job.name
+
+
+def is_done(run: Path, job: Job, identity: str) -> bool:
+    """Whether the student is whole and was made from the same inputs."""
+    folder = student_folder(run, job)
+    marker = folder / "job.json"
+    return marker.exists() and read_json(marker).get("identity") == identity and (folder / "model.safetensors").exists()
+
+
+def updates(recipe: config.Recipe, arm: config.Arm) -> dict[str, int]:
+    """Number of updates of each of an arm's phases."""
+    distill = recipe.distill or config.Distill()
+    if arm.kind == "scratch":
+        return {"scratch": arm.steps or distill.scratch.steps}
+    phases = {"generate": arm.steps or distill.generate.steps}
+    return phases | ({"infer": distill.infer.steps} if distill.infer else {})
+
+
+def _loader(images: npt.NDArray[np.uint8], device: torch.device) -> Callable[[Batch], Tensor]:
+    pixels = torch.from_numpy(images)
+
+    def load(batch: Batch) -> Tensor:
+        if batch.index is None:
+            raise RuntimeError("a phase on images was given a batch without them")
+        return pixels[batch.index].to(device, non_blocking=True).float().div_(255)
+
+    return load
+
+
+def _beta(training: config.Scratch | config.Train, step: int) -> float:
+    return min(1.0, (step + 1) / training.beta_warmup) if training.beta_warmup else 1.0
+
+
+def _distilled(shop: Workshop, job: Job, student: Model, distill: config.Distill) -> Callable[[str], Phase]:
+    arm, teacher = job.arm, shop.teacher
+    generator = reached(student, "generate")
+    images = {
+        "generate": shop.real.train.images if arm.kind == "with_data" else None,
+        "infer": shop.real.train.images if arm.kind == "with_data" else (shop.surrogate if distill.infer else None),
+    }
+
+    def phase(name: str) -> Phase:
+        pool = images[name]
+        load = None if pool is None else _loader(pool, shop.device)
+        if name == "generate":
+            section: config.Generator | config.Encoder = distill.generate
+            section = section.model_copy(update={"steps": arm.steps or section.steps})
+            replay = arm.replay if arm.replay is not None else section.replay
+            share = arm.share if arm.share is not None else distill.generate.share
+            objective = Distiller(teacher, student, build.rules(section.rules), "generate", replay, share)
+            learns = generator
+        else:
+            assert distill.infer is not None  # the phase is named only where the section is there
+            section = distill.infer
+            objective = Distiller(teacher, student, build.rules(section.rules), "infer", section.replay, elbo=section.elbo)
+            learns = reached(student, "infer") - generator
+
+        def loss(module: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
+            losses: dict[str, Tensor] = module(batch.noise, load(batch) if load else None, batch.n)
+            return losses
+
+        return Phase(name, objective, loss, train_only(student.net, learns), section, 0 if pool is None else len(pool))
+
+    return phase
+
+
+def _from_scratch(shop: Workshop, model: Model, training: config.Scratch | config.Train, name: str) -> Callable[[str], Phase]:
+    train = shop.real.train
+    load = _loader(train.images, shop.device)
+
+    def elbo(module: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = module(batch.noise, load(batch), _beta(training, batch.step))
+        return losses
+
+    def classify(module: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
+        if train.labels is None or batch.index is None:
+            raise BadInput("data: has no labels, which a classifier needs")
+        losses: dict[str, Tensor] = module(batch.noise, load(batch), torch.from_numpy(train.labels)[batch.index].to(shop.device))
+        return losses
+
+    def phase(_: str) -> Phase:
+        parameters = train_only(model.net, {n for n, _ in model.net.named_parameters()})
+        if isinstance(model.net, Classifier):
+            return Phase(name, Classification(model), classify, parameters, training, len(train.images))
+        return Phase(name, Elbo(model, training.beta), elbo, parameters, training, len(train.images))
+
+    return phase
+
+
+def make_student(
+    shop: Workshop,
+    job: Job,
+    identity: str,
+    engine: Accelerator,
+    *,
+    keep_going: Callable[[], bool] = lambda: True,
+    told: Callable[[dict[str, Any]], None] | None = None,
+) -> None:
+    """Train one student and write it to ``students/ARM/seed-S``; go on from its saved state where there is one."""
+    recipe = shop.recipe
+    distill = recipe.distill or config.Distill()
+    student = shop.student(job.seed)
+    if job.arm.kind == "scratch":
+        section = distill.scratch.model_copy(update={"steps": job.arm.steps or distill.scratch.steps})
+        phases = _from_scratch(shop, student, section, "scratch")
+    else:
+        phases = _distilled(shop, job, student, distill)
+    states = States(shop.folder / "state" / job.name)
+    folder = student_folder(shop.folder, job)
+    counts = updates(recipe, job.arm)
+    fit(
+        student.net,
+        phases,
+        list(counts),
+        Noise((recipe.seed, job.seed)),
+        engine=engine,
+        states=states,
+        log=Log(folder / "log.jsonl", told),
+        save_seconds=recipe.compute.save_seconds,
+        log_steps=recipe.compute.log_steps,
+        keep_going=keep_going,
+    )
+    if engine.is_main_process:
+        done = {"identity": identity, "updates": counts, "seed": job.seed}
+        save_network(student, folder, student_card(recipe, job, counts, build.parameters(student.net), build.parameters(shop.teacher.net)))
+        write_json(folder / "job.json", done | {"sha256": sha256(folder / "model.safetensors")})
+        states.clear()
+
+
+def make_teacher(
+    shop: Workshop,
+    engine: Accelerator,
+    *,
+    keep_going: Callable[[], bool] = lambda: True,
+    told: Callable[[dict[str, Any]], None] | None = None,
+) -> Model:
+    """Train what the recipe's ``train`` section describes, and write it to ``teacher``."""
+    recipe = shop.recipe
+    section = recipe.train
+    if section is None:
+        raise BadInput("the recipe has no train section")
+    model: Model = build.born(recipe.seed, "teacher", lambda: build.network(section.model)).model()
+    model.net.to(shop.device)
+    states = States(shop.folder / "state" / "train")
+    fit(
+        model.net,
+        _from_scratch(shop, model, section, "train"),
+        ["train"],
+        Noise((recipe.seed, "train")),
+        engine=engine,
+        states=states,
+        log=Log(shop.folder / "train" / "log.jsonl", told),
+        save_seconds=recipe.compute.save_seconds,
+        log_steps=recipe.compute.log_steps,
+        keep_going=keep_going,
+    )
+    if engine.is_main_process:
+        save_network(model, shop.folder / "teacher", teacher_card(recipe, shop.real.name, build.parameters(model.net)))
+        states.clear()
+    return model
+
+
+def save_network(model: Model, folder: Path, card: str) -> None:
+    """Write a network as ``save_pretrained`` does, with a model card, each file whole or not at all, the weights last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+        target = Path(temporary)
+        (target / "README.md").write_text(card, encoding="utf-8")
+        if hasattr(model.net, "save_pretrained"):
+            model.net.save_pretrained(target)
+        else:
+            from safetensors.torch import save_model
+
+            save_model(model.net, str(target / "model.safetensors"))
+        for name in ("README.md", "config.json", "model.safetensors"):
+            if (target / name).exists():
+                publish(target / name, folder / name)
+
+
+def _front(*tags: str) -> str:
+    return "---\nlibrary_name: potstill\ntags:\n" + "".join(f"- {tag}\n" for tag in ("potstill", *tags)) + "---\n"
+
+
+def teacher_card(recipe: config.Recipe, data: str, parameters: int) -> str:
+    """The model card of a network that the train stage made."""
+    section = recipe.train
+    assert section is not None
+    described = json.dumps(section.model_dump(mode="json"), indent=1)
+    return (
+        f"{_front(section.model.kind)}\n# {recipe.name}\n\n"
+        f"A {section.model.kind} of {parameters:,} parameters, trained by potstill on {data}: {section.steps:,} updates of batch "
+        f"{section.batch}, seed {recipe.seed}.\n\nA model may carry the biases of its training data, and may have memorized parts of it.\n\n"
+        f"```json\n{described}\n```\n"
+    )
+
+
+def student_card(recipe: config.Recipe, job: Job, counts: dict[str, int], parameters: int, teacher: int) -> str:
+    """The model card of a student."""
+    how = {
+        "data_free": "from its teacher alone, without data",
+        "with_data": "from its teacher, on real images",
+        "scratch": "from scratch on real images, without a teacher",
+    }[job.arm.kind]
+    steps = ", ".join(f"{count:,} updates of {name}" for name, count in counts.items())
+    return (
+        f"{_front('distillation')}\n# {recipe.name}: {job.arm.title}, seed {job.seed}\n\n"
+        f"A student of {parameters:,} parameters, {teacher / parameters:.1f} times fewer than its teacher's {teacher:,}. "
+        f"Made by potstill {how}: {steps}.\n\nA student carries its teacher's biases, and may carry parts of the data that its teacher memorized.\n"
+    )
+

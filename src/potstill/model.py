@@ -1,0 +1,92 @@
+"""A teacher or a student: one network, and up to three programs over it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .noise import NoiseSource
+from .trace import Program, run
+
+
+@dataclass(frozen=True)
+class Images:
+    """How the library's images, float32 in [0, 1], become what a network was trained on: ``(x - mean) / std``.
+
+    Args:
+        shape: ``(C, H, W)``.
+        mean: one number, or one per channel.
+        std: one number, or one per channel.
+    """
+
+    shape: tuple[int, int, int]
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """``(batch, C, H, W)`` in [0, 1] to the network's range."""
+        mean, std = self._statistics(x)
+        return (x - mean) / std
+
+    def decode(self, x: Tensor) -> Tensor:
+        """``(batch, C, H, W)`` in the network's range to [0, 1], unclipped."""
+        mean, std = self._statistics(x)
+        return x * std + mean
+
+    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = (x.new_tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        return mean, std
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network with its programs.
+
+    Args:
+        net: the parameters.
+        images: range and shape of its images.
+        generate: noise to image. VAE, LVAE, GAN, diffusion.
+        infer: image to latents and reconstruction, or to a label. Encoders and classifiers.
+        link: one random link per sample of a chain too long to unroll.
+    """
+
+    net: nn.Module
+    images: Images
+    generate: Program | None = None
+    infer: Program | None = None
+    link: Program | None = None
+
+    def frozen(self) -> Model:
+        """The same model, in eval mode and without gradients: a teacher must not learn, nor update its BatchNorm statistics."""
+        self.net.eval().requires_grad_(False)
+        return self
+
+    def program(self, name: str) -> Program:
+        """The program of that name.
+
+        Raises:
+            ValueError: the model has no such program.
+        """
+        program = {"generate": self.generate, "infer": self.infer, "link": self.link}.get(name)
+        if program is None:
+            raise ValueError(f"{type(self.net).__name__} has no program {name!r}")
+        return program
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next((p.device for p in self.net.parameters()), torch.device("cpu"))
+
+    @torch.no_grad()
+    def sample(self, n: int, noise: NoiseSource) -> Tensor:
+        """``n`` images ``(n, C, H, W)`` in [0, 1]: the mean of the output's conditional, which is what is looked at and measured."""
+        trace = run(self.program("generate"), noise=noise, n=n, device=self.device)
+        return self.images.decode(trace.out.dist.mean).clamp(0, 1)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, noise: NoiseSource) -> Tensor:
+        """Images ``(batch, C, H, W)`` in [0, 1] through the latents inferred from them and back."""
+        trace = run(self.program("infer"), self.images.encode(x.to(self.device)), noise=noise)
+        return self.images.decode(trace.out.dist.mean).clamp(0, 1)

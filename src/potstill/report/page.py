@@ -1,0 +1,273 @@
+"""The report of a run as one HTML file that needs nothing else: no network, no scripts, no other file.
+
+It is made from the files of the run folder alone, so it can be written again at any time, and the same files give the same bytes.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+
+from . import figures, tables
+from .figures import Picture, Pictures
+from .tables import Arm, Metric, Value
+
+__all__ = ["ReportError", "write"]
+
+_FORMAT = "potstill-metrics/1"
+_PAIRS = 24  # surrogate images shown beside their nearest real neighbor; the closest come first, so the rest tell less
+_KINDS = {"teacher": "", "free": "no real data", "real": "real data", "": ""}
+
+
+class ReportError(Exception):
+    """A run folder that no report can be made of: the message names the file, what was found and what to do."""
+
+
+def write(run: Path) -> Path:
+    """Write `run/report.html` from the files of the run folder and return its path.
+
+    Only `metrics.json` is required. The file appears under its final name when it is complete, or not at all.
+    Raises `ReportError` where `metrics.json` is missing or is not a file of metrics.
+    """
+    run = Path(run)
+    html = _render(run)
+    target = run / "report.html"
+    temporary = run / f".report.html.{os.getpid()}.tmp"
+    try:
+        with temporary.open("wb") as file:
+            # A lone surrogate, which JSON can express, has no UTF-8: it becomes a question mark rather than an error.
+            file.write(html.encode("utf-8", errors="replace"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    return target
+
+
+def _read_metrics(path: Path) -> dict[str, Any]:
+    try:
+        metrics = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ReportError(f"{path} does not exist: a report needs the run's figures; run `potstill evaluate` first") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ReportError(f"{path} cannot be read as JSON ({error}): run `potstill evaluate` again") from error
+    found = metrics.get("format") if isinstance(metrics, dict) else type(metrics).__name__
+    if not isinstance(metrics, dict) or found != _FORMAT:
+        raise ReportError(f"{path} has format {found!r}, expected {_FORMAT!r}: it is from another version or no file of metrics")
+    return metrics
+
+
+def _read_text(path: Path) -> str | None:
+    try:
+        return path.read_bytes().decode("utf-8", errors="replace")
+    except OSError:
+        return None
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def _name_of(recipe: str | None, run: Path) -> str:
+    """The recipe's `name`, or the folder's where the recipe has none."""
+    try:
+        loaded = yaml.safe_load(recipe or "")
+    except (yaml.YAMLError, RecursionError, ValueError):
+        loaded = None
+    name = loaded.get("name") if isinstance(loaded, dict) else None
+    return str(name).strip() if name is not None and str(name).strip() else run.resolve().name
+
+
+@dataclass(frozen=True)
+class _Dot:
+    """One arm on the line of the compared metric; positions and lengths in percent of the line."""
+
+    label: str
+    kind: str
+    text: str
+    at: float
+    low: float
+    length: float
+
+
+def _dots(arms: Sequence[Arm], metric: Metric, floor: Value | None) -> tuple[list[_Dot], float | None]:
+    """The arms that have the metric, on one scale from zero, and where the floor lies on it."""
+    found = [(arm, arm.values[metric.key]) for arm in arms if metric.key in arm.values]
+    values = [value for _, value in found] + ([floor] if floor else [])
+    top = max((value.mean + (value.sd or 0.0) for value in values), default=0.0)
+    if len(found) < 2 or top <= 0:
+        return [], None
+
+    def percent(number: float) -> float:
+        return round(100 * min(max(number / (1.03 * top), 0.0), 1.0), 2)
+
+    dots = []
+    for arm, value in found:
+        low, high = percent(value.mean - (value.sd or 0.0)), percent(value.mean + (value.sd or 0.0))
+        dots.append(_Dot(arm.label, arm.kind, tables.format_value(value), percent(value.mean), low, round(high - low, 2)))
+    return dots, None if floor is None else percent(floor.mean)
+
+
+@dataclass(frozen=True)
+class _Strip:
+    """Rows of images of one kind under one label."""
+
+    label: str
+    kind: str
+    rows: list[Picture]
+
+
+def _walls(arms: Sequence[Arm], images: Mapping[str, figures.Pixels]) -> list[dict[str, Any]]:
+    """For each student, rows of the teacher's samples each followed by the student's for the same noise."""
+    drawn = [(arm, images[f"samples/{arm.key}"]) for arm in arms if f"samples/{arm.key}" in images]
+    teacher = next(((arm, found) for arm, found in drawn if arm.kind == "teacher"), None)
+    walls = []
+    for arm, found in drawn:
+        if arm.kind == "teacher" and len(drawn) > 1:
+            continue
+        blocks: Iterable[list[Picture]]
+        if teacher is None or arm.kind == "teacher":
+            blocks = [[row] for row in figures.strips(found, f"Samples of {arm.label}")]
+        else:
+            count = min(len(found), len(teacher[1]))
+            above = figures.strips(teacher[1][:count], f"Samples of {teacher[0].label}")
+            below = figures.strips(found[:count], f"Samples of {arm.label} for the same noise")
+            # Images of another size fall into rows of another length; rows that do not correspond are not shown as pairs.
+            same = above[0].width == below[0].width
+            blocks = [list(both) for both in zip(above, below, strict=False)] if same else [above[:1], below[:1]]
+        walls.append({"arm": arm, "blocks": list(blocks), "paired": teacher is not None and arm.kind != "teacher"})
+    return walls
+
+
+def _reconstructions(arms: Sequence[Arm], images: Mapping[str, figures.Pixels]) -> list[_Strip]:
+    drawn = [(arm, images[f"reconstruction/{arm.key}"]) for arm in arms if f"reconstruction/{arm.key}" in images]
+    if "input" not in images or not drawn:
+        return []
+    rows = [_Strip("Real test images", "", figures.strips(images["input"], "Real test images", rows=1))]
+    return rows + [_Strip(arm.label, arm.kind, figures.strips(found, f"Reconstructions by {arm.label}", rows=1)) for arm, found in drawn]
+
+
+def _neighbors(pictures: Pictures) -> dict[str, Any] | None:
+    """Each surrogate image beside the real image nearest to it, the closest pair first where distances are known."""
+    made, nearest, distances = pictures.images.get("surrogate"), pictures.images.get("nearest"), pictures.distances
+    if made is None or nearest is None:
+        return None
+    count = min(len(made), len(nearest))
+    if distances is not None and len(distances) >= count:
+        order = np.argsort(distances[:count], kind="stable")[:_PAIRS]
+        captions = [f"{distances[index]:#.3g}" for index in order]
+    else:
+        order, captions = np.arange(count)[:_PAIRS], [""] * min(count, _PAIRS)
+    alts = ["A surrogate image and the real image nearest to it" + (f", at distance {text}" if text else "") for text in captions]
+    shown = figures.pairs(made[order], nearest[order], alts)
+    return {"pairs": list(zip(shown, captions, strict=True)), "of": count, "sorted": any(captions)}
+
+
+def _training(run: Path, arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    """One panel for each arm and phase that left a log, the teacher's own training first."""
+    # Folders are looked up among those that exist: an arm's name comes from a file and need not be a usable path.
+    found = {folder.name: sorted(folder.glob("seed-*/log.jsonl")) for folder in sorted((run / "students").glob("*"))}
+    sources = [("Teacher, its own training", "teacher", [run / "train" / "log.jsonl"])]
+    sources += [(arm.label, str(arm.kind), found.pop(arm.key, [])) for arm in arms]
+    sources += [(tables.ARM_LABELS.get(name, name), "", paths) for name, paths in found.items()]
+    panels: list[dict[str, Any]] = []
+    for label, kind, paths in sources:
+        logs = [figures.read_log(path) for path in paths]
+        for phase in sorted({phase for log in logs for phase in log.losses}):
+            runs = [log.losses[phase] for log in logs if phase in log.losses]
+            curves = figures.loss_svg(runs, f"loss-{len(panels)}")
+            paces = [log.pace[phase] for log in logs if phase in log.pace]
+            facts = [f"{len(runs)} seeds thin, their mean bold"] if len(runs) > 1 else []
+            facts += [f"{float(np.median(paces)):,.0f} images/s"] if paces else []
+            facts += ["points averaged to fit"] if curves.averaged else []
+            broken = sum(log.broken.get(phase, 0) for log in logs)
+            facts += [f"{broken:,} losses were not finite and are left out"] if broken else []
+            words = f"Loss of {label}{', ' if phase else ''}{phase}, against updates"
+            # The only markup that is not escaped: matplotlib drew it from numbers, no text of a user is inside.
+            panels.append({"label": label, "kind": kind, "phase": phase, "svg": Markup(curves.svg), "words": words, "facts": facts})
+    return panels
+
+
+def _count(found: object) -> str:
+    """A whole number with its thousands apart, anything else as it is, a dash for nothing."""
+    return tables.DASH if found is None else f"{found:,}" if isinstance(found, int) and not isinstance(found, bool) else str(found)
+
+
+def _facts(found: object) -> list[tuple[str, str]]:
+    """A mapping as rows of text; what is nested below it stays JSON."""
+    if not isinstance(found, Mapping):
+        return []
+    return [
+        (str(key).replace("_", " "), entry if isinstance(entry, str) else json.dumps(entry, sort_keys=True, ensure_ascii=False))
+        for key, entry in found.items()
+        if entry is not None
+    ]
+
+
+def _render(run: Path) -> str:
+    metrics = _read_metrics(run / "metrics.json")
+    recipe = _read_text(run / "recipe.yaml")
+    pictures = figures.read_pictures(run / "evaluate" / "pictures.npz")
+    images = pictures.images if pictures else {}
+    arms, floor = tables.arms_of(metrics), tables.floor_of(metrics)
+    reference = metrics.get("reference")
+    environment = metrics.get("environment")
+    environment = environment if isinstance(environment, Mapping) else {}
+    compared = tables.compared_metric(arms)
+    dots, floor_at = _dots(arms, compared, floor.get(compared.key))
+    updates = {arm.updates for arm in arms if arm.kind != "teacher" and arm.updates is not None}
+    seeds = metrics.get("seeds")
+
+    loader = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=select_autoescape(default_for_string=True, default=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return loader.get_template("page.html.j2").render(
+        name=_name_of(recipe, run),
+        verdict=tables.verdict(metrics),
+        arms=arms,
+        kinds=_KINDS,
+        floor=floor,
+        quality=tables.metrics_in(metrics, cost=False),
+        costs=tables.metrics_in(metrics, cost=True),
+        features=tables.features_of(metrics),
+        reference=dict(reference) if isinstance(reference, Mapping) else {},
+        compared=compared,
+        dots=dots,
+        floor_at=floor_at,
+        uneven=len(updates) > 1,
+        value=tables.format_value,
+        count=_count,
+        threads=environment.get("threads"),
+        device=environment.get("device"),
+        pictures=pictures,
+        pictures_found=(run / "evaluate" / "pictures.npz").exists(),
+        real=figures.strips(images["real"], "Real images", rows=1) if "real" in images else [],
+        walls=_walls(arms, images),
+        reconstructions=_reconstructions(arms, images),
+        neighbors=_neighbors(pictures) if pictures else None,
+        manifest=_read_manifest(run / "surrogate" / "manifest.json"),
+        panels=_training(run, arms),
+        recipe=recipe,
+        environment=_facts({key: entry for key, entry in environment.items() if key != "versions"}),
+        versions=_facts(environment.get("versions")),
+        seeds=", ".join(map(str, seeds)) if isinstance(seeds, list) else "",
+    )

@@ -1,0 +1,386 @@
+"""Figures as text: what each metric means, how a value is written, the terminal's table and the one-sentence verdict.
+
+Everything here reads the dictionary of a `metrics.json` and nothing else, with the standard library alone, so that the
+command line can print a table without loading a plotting library.
+"""
+
+import math
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+__all__ = ["ARM_LABELS", "DASH", "METRICS", "Arm", "Metric", "Value", "arms_of", "compared_metric", "features_of", "floor_of"]
+__all__ += ["format_value", "metric_of", "metrics_in", "ratio", "subject_of", "text_table", "verdict"]
+
+DASH = "–"
+"""What stands where a value is missing: an en dash, which every terminal's code page has."""
+
+TEACHER, DATA_FREE, WITH_DATA, SCRATCH = "teacher", "student_data_free", "student_with_data", "student_scratch"
+
+ARM_LABELS: dict[str, str] = {
+    TEACHER: "Teacher",
+    DATA_FREE: "Student, data-free",
+    WITH_DATA: "Student, distilled with data",
+    SCRATCH: "Student, from scratch",
+}
+"""Names in the reader's words for arms that bring no label of their own."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric: its key in `metrics.json`, its names, which way is better, and what it says.
+
+    `better` is "lower", "higher", "half" (one half is perfect) or "" (no direction). `short` heads a column of the terminal's table.
+    """
+
+    key: str
+    label: str
+    better: Literal["lower", "higher", "half", ""] = ""
+    note: str = ""
+    short: str = ""
+    cost: bool = False
+
+    @property
+    def direction(self) -> str:
+        """Which way is better, in words; empty where the metric has no better side."""
+        return {"lower": "lower is better", "higher": "higher is better", "half": "0.5 is best", "": ""}[self.better]
+
+    @property
+    def arrow(self) -> str:
+        """The direction as a sign for a column's head."""
+        return {"lower": "↓", "higher": "↑", "half": "→ ½", "": ""}[self.better]
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("frechet", "Fréchet distance", "lower", "squared, between Gaussians fitted to real and to generated features", "Fréchet"),
+    Metric("frechet_sqrt", "√ Fréchet", "lower", "its square root, the figure that some papers print"),
+    Metric("kid", "KID", "lower", "kernel distance, unbiased, so that it may fall slightly below zero"),
+    Metric("emd", "EMD", "lower", "cost of the optimal transport from generated to real features"),
+    Metric("mmd", "MMD", "lower", "maximum mean discrepancy under a Gaussian kernel", "MMD"),
+    Metric("one_nn", "1-NN accuracy", "half", "how often the nearest neighbor tells real from generated", "1-NN"),
+    Metric("precision", "Precision", "higher", "share of generated images that lie among real ones"),
+    Metric("recall", "Recall", "higher", "share of real images that lie among generated ones"),
+    Metric("density", "Density", "higher", "how densely real images surround a generated one; may exceed 1"),
+    Metric("coverage", "Coverage", "higher", "share of real images with a generated one nearby"),
+    Metric("reconstruction_mse", "Reconstruction MSE", "lower", "mean squared error per pixel on real test images", "recon MSE"),
+    Metric("accuracy", "Accuracy", "higher", "share of test images classified rightly", "accuracy"),
+    Metric("nelbo", "Negative ELBO", "lower", "bound on the negative log likelihood of real test images"),
+    Metric("kl", "KL", "", "Kullback-Leibler divergence, as the run defines it"),
+    Metric("paired_mse", "Paired MSE", "lower", "mean squared difference to the teacher's output for the same noise"),
+    Metric("params", "Parameters", short="params", cost=True),
+    Metric("size_mib", "Size, MiB", short="MiB", cost=True),
+    Metric("latency_ms_b1", "Latency, ms (1 image)", "lower", short="ms/image", cost=True),
+    Metric("latency_iqr_ms_b1", "Quartile range, ms (1 image)", cost=True),
+    Metric("latency_ms_b64", "Latency, ms (batch of 64)", "lower", cost=True),
+    Metric("latency_iqr_ms_b64", "Quartile range, ms (batch of 64)", cost=True),
+    Metric("throughput", "Throughput, images/s", "higher", cost=True),
+)
+"""The metrics that the page knows, in the order of its columns. Others are shown under their own key, without a direction."""
+
+_BY_KEY = {metric.key: metric for metric in METRICS}
+_COST_PREFIXES = ("latency", "throughput", "params", "size", "memory", "flops")
+_TEXT_COLUMNS = ("frechet", "mmd", "one_nn", "reconstruction_mse", "accuracy", "params", "size_mib", "latency_ms_b1")
+_DROPPED_FIRST = ("size_mib", "mmd", "latency_ms_b1", "one_nn")  # parameters say nearly the same as MiB, Fréchet as MMD
+_WIDTH = 120
+_SMALLEST_LABEL = 28  # shorter ones would cut the end off, where labels of arms tend to differ
+
+
+@dataclass(frozen=True)
+class Value:
+    """A figure: its mean and its standard deviation over seeds, `None` where no spread is known."""
+
+    mean: float
+    sd: float | None = None
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the comparison.
+
+    `kind` is "teacher", "free" (saw no real data), "real" (trained on real data) or "" where the file does not say.
+    """
+
+    key: str
+    label: str
+    kind: Literal["teacher", "free", "real", ""]
+    updates: int | None
+    note: str
+    values: Mapping[str, Value]
+
+
+def _number(found: object) -> float | None:
+    """A finite float, or `None` for anything else: null, text, booleans, NaN and infinities all count as missing."""
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        return None
+    try:
+        number = float(found)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _value(found: object) -> Value | None:
+    if isinstance(found, Mapping):
+        mean, sd = _number(found.get("mean")), _number(found.get("sd"))
+        return None if mean is None else Value(mean, sd if sd is None or sd >= 0 else None)
+    mean = _number(found)
+    return None if mean is None else Value(mean)
+
+
+def _values(found: object) -> dict[str, Value]:
+    if not isinstance(found, Mapping):
+        return {}
+    pairs = ((str(key), _value(entry)) for key, entry in found.items())
+    return {key: value for key, value in pairs if value is not None}
+
+
+def _mapping(found: object) -> Mapping[str, Any]:
+    return found if isinstance(found, Mapping) else {}
+
+
+def arms_of(metrics: Mapping[str, Any]) -> list[Arm]:
+    """The arms in the file's order, the teacher moved to the front; values that are null or not finite are left out."""
+    described = _mapping(metrics.get("arms_info"))
+    arms = []
+    for key, found in _mapping(metrics.get("arms")).items():
+        info = _mapping(described.get(key))
+        data = info.get("data")
+        kind: Literal["teacher", "free", "real", ""] = ""
+        if key == TEACHER:
+            kind = "teacher"
+        elif data == "none" or (data != "real" and key.startswith(DATA_FREE)):
+            kind = "free"
+        elif data == "real" or key in (WITH_DATA, SCRATCH):
+            kind = "real"
+        updates = _number(info.get("updates"))
+        label = str(info.get("label") or ARM_LABELS.get(key) or key.replace("_", " "))
+        arms.append(Arm(key, label, kind, None if updates is None else int(updates), str(info.get("note") or ""), _values(found)))
+    return sorted(arms, key=lambda arm: arm.kind != "teacher")
+
+
+def floor_of(metrics: Mapping[str, Any]) -> dict[str, Value]:
+    """The floor: every metric with real images against other real images, the best that any model can be expected to reach."""
+    return _values(_mapping(metrics.get("reference")).get("floor"))
+
+
+def features_of(metrics: Mapping[str, Any]) -> str:
+    """The name of the features behind the distances, which have no meaning without it."""
+    return str(_mapping(metrics.get("reference")).get("features") or "not named")
+
+
+def metric_of(key: str) -> Metric:
+    """The description of a metric; one that the page does not know gets its key as its name and no direction."""
+    return _BY_KEY.get(key) or Metric(key, key.replace("_", " "), cost=key.startswith(_COST_PREFIXES))
+
+
+def metrics_in(metrics: Mapping[str, Any], cost: bool) -> list[Metric]:
+    """The metrics that at least one arm (or the floor) has, known ones first; `cost` picks size and speed instead of quality."""
+    present = dict.fromkeys(key for arm in arms_of(metrics) for key in arm.values)
+    present.update(dict.fromkeys(floor_of(metrics)))
+    keys = [metric.key for metric in METRICS if metric.key in present] + [key for key in present if key not in _BY_KEY]
+    return [metric for metric in map(metric_of, keys) if metric.cost == cost]
+
+
+def subject_of(arms: Sequence[Arm]) -> Arm | None:
+    """The data-free student that the verdict is about: `student_data_free`, or else the first arm that saw no real data.
+
+    It is chosen by name and order, never by its figures: the best of several arms would flatter the method.
+    """
+    free = [arm for arm in arms if arm.kind == "free"]
+    return next((arm for arm in free if arm.key == DATA_FREE), free[0] if free else None)
+
+
+def compared_metric(arms: Sequence[Arm]) -> Metric:
+    """What the verdict compares: the Fréchet distance, or for models that generate nothing their accuracy or reconstruction."""
+    subject = subject_of(arms)
+    pool = [subject] if subject else list(arms)
+    keys = ("frechet", "accuracy", "reconstruction_mse")
+    return metric_of(next((key for key in keys if any(key in arm.values for arm in pool)), "frechet"))
+
+
+def _decimals(size: float, significant: int) -> int:
+    return max(0, min(6, significant - 1 - math.floor(math.log10(size))))
+
+
+def _spread_digits(sd: float) -> int:
+    """One significant digit for a spread, two where its digits begin below 355: the Particle Data Group's rule for printed errors.
+
+    A second digit of 0.41 would claim more than a few seeds can know, while 0.14 as 0.1 would be a third off.
+    """
+    return 2 if sd / 10 ** math.floor(math.log10(sd)) < 3.55 else 1
+
+
+def format_value(value: Value | None, key: str = "") -> str:
+    """A value as text: `12.3 ± 0.4`, the digits of the spread deciding how many the mean gets; a dash where there is none.
+
+    Without a spread, or with a spread of zero, the mean has four significant digits. Counts of parameters are written in full.
+    """
+    if value is None:
+        return DASH
+    mean, sd = value.mean, value.sd
+    if key == "params":
+        return f"{mean:,.0f}"
+    largest = max(abs(mean), sd or 0.0)
+    if largest == 0:
+        return "0" if sd is None else "0 ± 0"
+    if largest >= 1e7 or largest < 1e-4:
+        return f"{mean:.2e}" if sd is None else f"{mean:.2e} ± {sd:.0e}"
+    if not sd:
+        text = f"{mean:,.{_decimals(abs(mean), 4)}f}"
+        text = text.rstrip("0").rstrip(".") if "." in text else text
+        return text if sd is None else f"{text} ± 0"
+    decimals = _decimals(sd, _spread_digits(sd))
+    return f"{mean:,.{decimals}f} ± {sd:,.{decimals}f}"
+
+
+def ratio(larger: float, smaller: float) -> str:
+    """How many times larger, as text: one decimal below ten, none above."""
+    times = larger / smaller
+    return f"{times:.1f}" if times < 9.95 else f"{times:,.0f}"
+
+
+def _times(teacher: Value | None, student: Value | None, less: str, more: str, same: str) -> str:
+    """`15 times smaller`; the honest `1.3 times larger` where it is so; empty where a figure is missing or zero."""
+    if teacher is None or student is None or teacher.mean <= 0 or student.mean <= 0:
+        return ""
+    if max(teacher.mean, student.mean) < 1.05 * min(teacher.mean, student.mean):
+        return same  # ratios are printed to one decimal: 1.0 times smaller says nothing
+    if teacher.mean > student.mean:
+        return f"{ratio(teacher.mean, student.mean)} times {less}"
+    return f"{ratio(student.mean, teacher.mean)} times {more}"
+
+
+def _savings(arms: Sequence[Arm], student: Arm) -> str:
+    """What the student saves: "15 times smaller and 8.2 times faster"; empty where neither can be said."""
+    teacher = next((arm for arm in arms if arm.kind == "teacher"), None)
+    if teacher is None:
+        return ""
+    measure = "params" if "params" in teacher.values and "params" in student.values else "size_mib"
+    size = _times(teacher.values.get(measure), student.values.get(measure), "smaller", "larger", "the same size")
+    speed = "latency_ms_b1"
+    pace = _times(teacher.values.get(speed), student.values.get(speed), "faster", "slower", "equally fast")
+    return " and ".join(part for part in (size, pace) if part)
+
+
+def _comparison(metric: Metric, ours: Value, theirs: Value) -> str:
+    """ "better than", "worse than" or "level with"; level means within the pooled standard deviation of the two."""
+    spreads = [value.sd for value in (ours, theirs) if value.sd is not None]
+    pooled = math.sqrt(sum(sd * sd for sd in spreads) / len(spreads)) if spreads else 0.0
+    difference = ours.mean - theirs.mean
+    # A difference of exactly the pooled sd counts as level, also when the subtraction leaves a last bit.
+    if abs(difference) <= pooled or math.isclose(abs(difference), pooled, rel_tol=1e-9):
+        return "level with"
+    return "better than" if (difference < 0) == (metric.better == "lower") else "worse than"
+
+
+def _spreadless(metrics: Mapping[str, Any], values: Sequence[Value]) -> bool:
+    """Whether the spread over seeds is unknown for any of the values compared; that of one seed is, even when it is written as 0."""
+    seeds = metrics.get("seeds")
+    return (isinstance(seeds, list) and len(seeds) == 1) or any(value.sd is None for value in values)
+
+
+def verdict(metrics: Mapping[str, Any]) -> str:
+    """One sentence on the data-free student: against both students that saw data, and in size and speed against the teacher.
+
+    A loss is worded as plainly as a win. "Level" means that the difference is at most the pooled standard deviation,
+    sqrt((sd1² + sd2²) / 2). Where an arm is missing the sentence says that there is nothing to compare with.
+    """
+    arms = arms_of(metrics)
+    subject = subject_of(arms)
+    if subject is None:
+        return "This run has no data-free student, so there is nothing to judge."
+    others = [arm for arm in arms if arm.kind == "free" and arm is not subject]
+    name = f"The data-free student “{subject.label}”" if others or subject.key != DATA_FREE else "The data-free student"
+    savings = _savings(arms, subject)
+    saved = f"; compared with the teacher it is {savings}" if savings else ""
+
+    metric = compared_metric(arms)
+    ours = subject.values.get(metric.key)
+    if ours is None:
+        return f"{name} has no figure of quality, so it cannot be compared{saved}."
+    on = f" on features “{features_of(metrics)}”" if metric.key == "frechet" else ""
+    figure = f"{metric.label} {format_value(ours)}{on}, {metric.direction}"
+
+    rivals = {SCRATCH: "student trained from scratch on real data", WITH_DATA: "student distilled with real data"}
+    by_key = {arm.key: arm for arm in arms}
+    said: dict[str, list[str]] = {}
+    absent, values = [], [ours]
+    for key, words in rivals.items():
+        theirs = by_key[key].values.get(metric.key) if key in by_key else None
+        if theirs is None:
+            absent.append(words)
+            continue
+        values.append(theirs)
+        said.setdefault(_comparison(metric, ours, theirs), []).append(f"the {words} ({format_value(theirs)})")
+    if not said:
+        return f"{name} ({figure}) has nothing to compare with: no student of this run was trained on real data{saved}."
+    compared = " and ".join(f"{outcome} {' and '.join(them)}" for outcome, them in said.items())
+    sentence = f"{name} ({figure}) is {compared}"
+    if absent:
+        sentence += f" (there is no {absent[0]} to compare with)"
+    if _spreadless(metrics, values):
+        sentence += ", though without a spread over seeds chance is not ruled out"
+    return f"{sentence}{saved}."
+
+
+def _printable(text: str) -> str:
+    """Text without control characters: a label from a file must not move the terminal's cursor or change its colors."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def _width(text: str) -> int:
+    """Columns that a text takes in a terminal: East Asian wide characters take two, combining marks none."""
+    wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)
+    return len(text) + wide - sum(unicodedata.combining(char) > 0 for char in text)
+
+
+def _cut(text: str, width: int) -> str:
+    if _width(text) <= width:
+        return text
+    while text and _width(text) > width - 2:
+        text = text[:-1]
+    return text.rstrip() + ".."
+
+
+def text_table(metrics: Mapping[str, Any]) -> str:
+    """The arms and their main figures as plain text of at most 120 columns, the floor last, a line on directions below.
+
+    A column that no arm has is left out. Where the rest does not fit, labels are cut first and then whole columns dropped.
+    """
+    arms, floor = arms_of(metrics), floor_of(metrics)
+    keys = [key for key in _TEXT_COLUMNS if key in floor or any(key in arm.values for arm in arms)]
+    rows = [(_printable(arm.label), arm.values) for arm in arms]
+    if floor:
+        rows.append(("Floor (real against real)", floor))
+
+    def columns(shown: Sequence[str]) -> list[list[str]]:
+        return [[metric_of(key).short, *(format_value(values.get(key), key) for _, values in rows)] for key in shown]
+
+    label_width = max([_width(label) for label, _ in rows], default=0)
+    for dropped in (*_DROPPED_FIRST, ""):
+        body = columns(keys)
+        widths = [max(map(_width, column)) for column in body]
+        room = _WIDTH - sum(width + 2 for width in widths)
+        if room >= min(label_width, _SMALLEST_LABEL) or not dropped:
+            break
+        keys = [key for key in keys if key != dropped]
+    label_width = min(label_width, max(room, 1))
+
+    labels = ["", *(_cut(label, label_width) for label, _ in rows)]
+    lines = []
+    for index, label in enumerate(labels):
+        cells = "".join(f"  {' ' * (width - _width(column[index]))}{column[index]}" for column, width in zip(body, widths, strict=True))
+        lines.append((label + " " * (label_width - _width(label)) + cells).rstrip())
+    rule = "-" * (label_width + sum(width + 2 for width in widths))
+    lines.insert(1, rule)
+    if floor:
+        lines.insert(len(lines) - 1, rule)
+
+    groups: dict[str, list[str]] = {}
+    for metric in map(metric_of, keys):
+        if metric.direction and not metric.cost:
+            groups.setdefault(metric.direction, []).append(metric.short)
+    notes = [f"{', '.join(names)}: {direction}" for direction, names in groups.items()]
+    lines.append(_cut("; ".join([*notes, f"features: {_printable(features_of(metrics))}"]), _WIDTH))
+    return "\n".join(lines)
