@@ -150,6 +150,16 @@ def test_frechet_of_singular_covariances_against_an_eigendecomposition(n, m):
     assert frechet(x, y) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize(("n", "m", "d"), [(6, 9, 30), (6, 50, 30), (50, 9, 30), (50, 40, 30)])
+def test_frechet_decomposes_nothing_larger_than_it_must(n, m, d, monkeypatch):
+    shapes = []
+    svd = numpy.linalg.svd
+    monkeypatch.setattr(numpy.linalg, "svd", lambda matrix, **options: shapes.append(matrix.shape) or svd(matrix, **options))
+    monkeypatch.setattr(numpy.linalg, "qr", lambda matrix, mode, qr=numpy.linalg.qr: shapes.append(matrix.shape) or qr(matrix, mode=mode))
+    frechet(*draw(28, n, m, d))
+    assert shapes == [(rows, d) for rows in (n, m) if rows > d] + [(min(n, d), min(m, d))]
+
+
 def test_frechet_of_orthogonal_supports_and_of_dead_features():
     x, y = numpy.zeros((6, 4)), numpy.zeros((6, 4))
     x[:, 0] = y[:, 2] = [-1, 1, -1, 1, -1, 1]
@@ -217,6 +227,7 @@ def test_emd_says_when_the_simplex_stops_early(monkeypatch):
     monkeypatch.setattr(importlib.import_module("potstill.evaluate.emd"), "ITERATIONS", 2)
     with pytest.raises(RuntimeError, match=r"emd: the transport problem of 30 x 40 rows was not solved within 2 iterations"):
         emd(*draw(14, 30, 40, 3))
+    assert emd(*draw(14, 30, 30, 3)) > 0  # equal sizes do without it
 
 
 # Kernel distances

@@ -58,7 +58,7 @@ class Workshop:
         if self.recipe.teacher is None:
             raise BadInput("the recipe names no teacher")
         model = build.teacher(self.recipe.teacher, self.folder / "teacher", self.allowed)
-        model.net.to(self.device)
+        model.net.to(self.device, memory_format=torch.channels_last)  # convolutions run up to twice as fast
         return model
 
     @cached_property
@@ -92,7 +92,7 @@ class Workshop:
         if self.recipe.student is None:
             raise BadInput("the recipe names no student")
         model = build.student(self.recipe.student, self.teacher, seed, self.allowed)
-        model.net.to(self.device)
+        model.net.to(self.device, memory_format=torch.channels_last)  # convolutions run up to twice as fast
         return model
 
 

@@ -87,24 +87,26 @@ def read_pictures(path: Path) -> Pictures | None:
     unusable = []
     broken = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
     try:
-        archive = np.load(path, allow_pickle=False)
+        # The file is opened here, since numpy leaves one that it cannot read open.
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                return None
+            for name in archive.files:
+                try:
+                    array = archive[name]
+                except broken:
+                    unusable.append(name)
+                    continue
+                if name == "nearest_distance" and array.ndim == 1 and array.dtype.kind == "f" and np.isfinite(array).all():
+                    distances = array.astype(np.float64)
+                elif array.dtype == np.uint8 and array.ndim == 4 and array.shape[1] in (1, 3) and min(array.shape) > 0:
+                    images[name] = array
+                else:
+                    unusable.append(name)
+            archive.close()
     except broken:
         return None
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        return None
-    with archive:
-        for name in archive.files:
-            try:
-                array = archive[name]
-            except broken:
-                unusable.append(name)
-                continue
-            if name == "nearest_distance" and array.ndim == 1 and array.dtype.kind == "f":
-                distances = array.astype(np.float64)
-            elif array.dtype == np.uint8 and array.ndim == 4 and array.shape[1] in (1, 3) and min(array.shape) > 0:
-                images[name] = array
-            else:
-                unusable.append(name)
     return Pictures(images, distances, tuple(unusable))
 
 

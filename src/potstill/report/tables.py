@@ -226,12 +226,12 @@ def format_value(value: Value | None, key: str = "") -> str:
         return "0" if sd is None else "0 ± 0"
     if largest >= 1e7 or largest < 1e-4:
         return f"{mean:.2e}" if sd is None else f"{mean:.2e} ± {sd:.0e}"
-    if not sd:
+    if sd is None or sd < 5e-7:  # below the sixth decimal, the last that is ever printed
         text = f"{mean:,.{_decimals(abs(mean), 4)}f}"
         text = text.rstrip("0").rstrip(".") if "." in text else text
         return text if sd is None else f"{text} ± 0"
     decimals = _decimals(sd, _spread_digits(sd))
-    return f"{mean:,.{decimals}f} ± {sd:,.{decimals}f}"
+    return f"{mean:z,.{decimals}f} ± {sd:,.{decimals}f}"  # z: a mean that rounds to zero has no sign
 
 
 def ratio(larger: float, smaller: float) -> str:
@@ -264,7 +264,7 @@ def _savings(arms: Sequence[Arm], student: Arm) -> str:
 
 
 def _comparison(metric: Metric, ours: Value, theirs: Value) -> str:
-    """ "better than", "worse than" or "level with"; level means within the pooled standard deviation of the two."""
+    """Better than, worse than or level with; level means within the pooled standard deviation of the two."""
     spreads = [value.sd for value in (ours, theirs) if value.sd is not None]
     pooled = math.sqrt(sum(sd * sd for sd in spreads) / len(spreads)) if spreads else 0.0
     difference = ours.mean - theirs.mean
@@ -314,11 +314,11 @@ def verdict(metrics: Mapping[str, Any]) -> str:
         values.append(theirs)
         said.setdefault(_comparison(metric, ours, theirs), []).append(f"the {words} ({format_value(theirs)})")
     if not said:
-        return f"{name} ({figure}) has nothing to compare with: no student of this run was trained on real data{saved}."
+        return f"{name} ({figure}) has nothing to compare with: this run has no figure for a student trained on real data{saved}."
     compared = " and ".join(f"{outcome} {' and '.join(them)}" for outcome, them in said.items())
     sentence = f"{name} ({figure}) is {compared}"
     if absent:
-        sentence += f" (there is no {absent[0]} to compare with)"
+        sentence += f" (this run has no figure for a {absent[0]})"
     if _spreadless(metrics, values):
         sentence += ", though without a spread over seeds chance is not ruled out"
     return f"{sentence}{saved}."
