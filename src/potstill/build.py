@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import config, data
 from .divergence import Divergence, Match, hinton, kl, mse, reverse_kl, wasserstein2
 from .errors import BadInput
-from .evaluate.cost import parameters
+from .evaluate.cost import parameters as parameters
 from .evaluate.features import Features, from_network, pixels
 from .families.classifier import Classifier
 from .families.lvae import LVAE
@@ -66,7 +66,11 @@ def load_weights(net: nn.Module, path: Path) -> None:
     expected = net.state_dict()
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
-        lines = [f"{what} {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" for what, names in (("lacks", missing), ("has unknown", extra)) if names]
+        lines = [
+            f"{what} {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+            for what, names in (("lacks", missing), ("has unknown", extra))
+            if names
+        ]
         raise BadInput(f"{path}: not the weights of this {type(net).__name__}: it {' and '.join(lines)}")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
@@ -95,12 +99,14 @@ def locate(path: str) -> Path:
         raise BadInput(f"{path}: a folder with config.json and model.safetensors is expected; it is a file")
     if path.count("/") == 1 and not path.startswith((".", "~", "/")):
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
             return Path(snapshot_download(path, allow_patterns=["config.json", "model.safetensors"]))
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise BadInput(f"{path}: no such folder, and no model of that name could be had from the Hub ({type(error).__name__})") from None
+            raise BadInput(
+                f"{path}: no such folder, and no model of that name could be had from the Hub ({type(error).__name__})"
+            ) from None
     raise BadInput(f"{path}: no such folder")
 
 
@@ -216,7 +222,9 @@ def student(section: config.Student, of: Model, seed: int, allowed: Sequence[str
     else:
         net = of.net
         if not isinstance(net, (LVAE, VAE, Classifier)):
-            raise BadInput(f"student: width and ratio are for potstill's own families; the teacher is a {type(net).__name__}. Give a target")
+            raise BadInput(
+                f"student: width and ratio are for potstill's own families; the teacher is a {type(net).__name__}. Give a target"
+            )
         width = section.width if section.width is not None else width_for(net, section.ratio or 1)
         if width > net.width:
             raise BadInput(f"student: width {width} is wider than the teacher's {net.width}")
@@ -237,7 +245,9 @@ def dataset(section: config.Data | None, shape: tuple[int, int, int], who: str) 
     loaded = data.load(section)
     found = loaded.train.images.shape[1:]
     if found != tuple(shape):
-        raise BadInput(f"data: images of {found[0]} channels, {found[1]}x{found[2]}; the {who} takes {shape[0]} channels, {shape[1]}x{shape[2]}")
+        raise BadInput(
+            f"data: images of {found[0]} channels, {found[1]}x{found[2]}; the {who} takes {shape[0]} channels, {shape[1]}x{shape[2]}"
+        )
     return loaded
 
 
@@ -310,4 +320,3 @@ def rules(section: Sequence[config.Rule]) -> tuple[Match, ...]:
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-

@@ -39,7 +39,9 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("recipe", help="a YAML file; see potstill schema")
         command.add_argument("overrides", nargs="*", metavar="a.b=value", help="values that replace the recipe's")
         command.add_argument("--out", type=Path, metavar="DIR", help="folder of the run; by default runs/NAME")
-        command.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE", help="allow the recipe to run code of this module")
+        command.add_argument(
+            "--import", dest="modules", action="append", default=[], metavar="MODULE", help="allow the recipe to run code of this module"
+        )
         command.add_argument("--quiet", action="store_true", help="show no progress")
 
     with_run("demo", "the embedded example: a digits LVAE from the zoo becomes 12 times smaller, offline", recipe=False)

@@ -49,13 +49,19 @@ class FileData(Section):
 
     kind: Literal["folder", "parquet", "npz"]
     path: str
-    test_path: str | None = Field(None, description="held-out images; without it a fraction is split off by the seed")
+    test_path: str | None = Field(default=None, description="held-out images; without it a fraction is split off by the seed")
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     seed: Seed = 0
-    image: str | None = Field(None, description="parquet column or npz array of the images; by default the first of image, img, images, x")
-    label: str | None = Field(None, description="parquet column or npz array of the labels; by default label, labels or y where there is one")
-    size: Annotated[int, Field(ge=2, le=4096)] | None = Field(None, description="resize to size x size; without it another size is an error")
-    mode: Literal["L", "RGB"] | None = Field(None, description="convert to gray or color; without it another mode is an error")
+    image: str | None = Field(
+        default=None, description="parquet column or npz array of the images; by default the first of image, img, images, x"
+    )
+    label: str | None = Field(
+        default=None, description="parquet column or npz array of the labels; by default label, labels or y where there is one"
+    )
+    size: Annotated[int, Field(ge=2, le=4096)] | None = Field(
+        default=None, description="resize to size x size; without it another size is an error"
+    )
+    mode: Literal["L", "RGB"] | None = Field(default=None, description="convert to gray or color; without it another mode is an error")
 
 
 Data = Annotated[DigitsData | FileData, Field(discriminator="kind")]
@@ -132,9 +138,11 @@ Teacher = Annotated[Pretrained | Trained | Weights | Python, Field(discriminator
 class Student(Section):
     """The teacher's architecture with another width, given or found, or a model of one's own. Exactly one of the three."""
 
-    width: Count | None = Field(None, description="channels of the student's hidden maps")
-    ratio: Annotated[float, Field(gt=1)] | None = Field(None, description="times fewer parameters than the teacher; the nearest width is found")
-    target: Target | None = Field(None, description="module:name of a function that returns a Model")
+    width: Count | None = Field(default=None, description="channels of the student's hidden maps")
+    ratio: Annotated[float, Field(gt=1)] | None = Field(
+        default=None, description="times fewer parameters than the teacher; the nearest width is found"
+    )
+    target: Target | None = Field(default=None, description="module:name of a function that returns a Model")
     arguments: dict[str, Any] = {}
 
     @model_validator(mode="after")
@@ -156,19 +164,21 @@ class Training(Section):
     steps: Count = 1000
     batch: Annotated[int, Field(ge=2)] = 128
     lr: Positive = 2e-3
-    warmup: NotNegative = Field(50, description="updates over which the learning rate rises from 0")
+    warmup: NotNegative = Field(default=50, description="updates over which the learning rate rises from 0")
     decay: Literal["cosine", "constant"] = "cosine"
     weight_decay: NotNegative = 0.0
-    clip: Positive | None = Field(None, description="largest norm of the gradient")
-    ema: Fraction = Field(0.0, description="decay per update of an exponential moving average of the weights, which is what is kept; 0 is off")
+    clip: Positive | None = Field(default=None, description="largest norm of the gradient")
+    ema: Fraction = Field(
+        default=0.0, description="decay per update of an exponential moving average of the weights, which is what is kept; 0 is off"
+    )
 
 
 class Train(Training):
     """A teacher or a feature network from real data: the data owner's side."""
 
     model: Net
-    beta: NotNegative = Field(1.0, description="weight of the latents' KL")
-    beta_warmup: NotNegative = Field(200, description="updates over which beta rises from 0")
+    beta: NotNegative = Field(default=1.0, description="weight of the latents' KL")
+    beta_warmup: NotNegative = Field(default=200, description="updates over which beta rises from 0")
 
 
 class Rule(Section):
@@ -176,7 +186,7 @@ class Rule(Section):
 
     nodes: str = "*"
     by: Literal["kl", "reverse_kl", "wasserstein2", "mse", "hinton"] = "kl"
-    temperature: Positive = Field(1.0, description="of hinton")
+    temperature: Positive = Field(default=1.0, description="of hinton")
     weight: NotNegative = 1.0
     reduce: Literal["sum", "mean"] = "sum"
 
@@ -185,18 +195,18 @@ class Ancestral(Section):
     """Images from the teacher's own prior."""
 
     kind: Literal["ancestral"] = "ancestral"
-    n: Count = Field(4096, description="images")
+    n: Count = Field(default=4096, description="images")
     batch: Count = 256
-    shard: Count = Field(4096, description="images in a file")
-    observe: Literal["mean", "sample"] = Field("mean", description="the mean of the output's conditional, or a draw from it")
+    shard: Count = Field(default=4096, description="images in a file")
+    observe: Literal["mean", "sample"] = Field(default="mean", description="the mean of the output's conditional, or a draw from it")
 
 
 class Generator(Training):
     """First phase: the student's generator on the teacher's noise."""
 
     rules: tuple[Rule, ...] = (Rule(nodes="z*", by="wasserstein2", weight=0.1, reduce="mean"), Rule(nodes="out", by="kl"))
-    replay: str = Field("", description="pattern of nodes at which the student takes the teacher's values")
-    share: str = Field("*", description="pattern of nodes at which the student gets the teacher's noise")
+    replay: str = Field(default="", description="pattern of nodes at which the student takes the teacher's values")
+    share: str = Field(default="*", description="pattern of nodes at which the student gets the teacher's noise")
 
 
 class Encoder(Training):
@@ -204,14 +214,14 @@ class Encoder(Training):
 
     rules: tuple[Rule, ...] = (Rule(nodes="z*", by="kl", weight=0.0), Rule(nodes="out", by="kl", weight=0.0))
     replay: str = ""
-    elbo: NotNegative = Field(1.0, description="weight of the student's own negative ELBO of the images")
+    elbo: NotNegative = Field(default=1.0, description="weight of the student's own negative ELBO of the images")
 
 
 class Scratch(Training):
     """The one phase of a student without a teacher: the ELBO on real images."""
 
-    beta: NotNegative = Field(1.0, description="weight of the latents' KL")
-    beta_warmup: NotNegative = Field(200, description="updates over which beta rises from 0")
+    beta: NotNegative = Field(default=1.0, description="weight of the latents' KL")
+    beta_warmup: NotNegative = Field(default=200, description="updates over which beta rises from 0")
 
 
 class Distill(Section):
@@ -234,7 +244,7 @@ class Arm(Section):
 
     kind: Literal["data_free", "with_data", "scratch"]
     name: Name | None = None
-    steps: Count | None = Field(None, description="updates of the first phase, where this arm's differ from the recipe's")
+    steps: Count | None = Field(default=None, description="updates of the first phase, where this arm's differ from the recipe's")
     replay: str | None = None
     share: str | None = None
 
@@ -260,10 +270,10 @@ class Arm(Section):
 class Evaluate(Section):
     """Figures for the teacher and every arm."""
 
-    features: str = Field("pixels", description="pixels, classifier:PATH (a folder or zoo:NAME), or python:module:name")
-    n: Annotated[int, Field(ge=8)] | None = Field(None, description="images on each side; by default all held-out real ones")
+    features: str = Field(default="pixels", description="pixels, classifier:PATH (a folder or zoo:NAME), or python:module:name")
+    n: Annotated[int, Field(ge=8)] | None = Field(default=None, description="images on each side; by default all held-out real ones")
     batch: Count = 256
-    k: Count = Field(5, description="neighbors of precision, recall, density and coverage")
+    k: Count = Field(default=5, description="neighbors of precision, recall, density and coverage")
     latency_threads: Count = 1
     latency_repeats: Annotated[int, Field(ge=3)] = 50
 
@@ -271,16 +281,18 @@ class Evaluate(Section):
 class Report(Section):
     """The page."""
 
-    images: Annotated[int, Field(ge=1, le=64)] = Field(16, description="in a row of pictures")
+    images: Annotated[int, Field(ge=1, le=64)] = Field(default=16, description="in a row of pictures")
 
 
 class Compute(Section):
     """Where and how fast. A figure depends on the number of threads in its last digits, so it is stored beside it."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    threads: Count | None = Field(None, description="of one training on the CPU; by default the cores, shared among what runs side by side")
-    workers: Count | None = Field(None, description="trainings side by side; by default one per core on a CPU, one on a GPU")
-    save_seconds: NotNegative = Field(30.0, description="between two saved states")
+    threads: Count | None = Field(
+        default=None, description="of one training on the CPU; by default the cores, shared among what runs side by side"
+    )
+    workers: Count | None = Field(default=None, description="trainings side by side; by default one per core on a CPU, one on a GPU")
+    save_seconds: NotNegative = Field(default=30.0, description="between two saved states")
     log_steps: Count = 25
 
 
@@ -347,7 +359,9 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.yaml_implicit_resolvers = {k: [(t, r) for t, r in v if t != "tag:yaml.org,2002:timestamp"] for k, v in _Loader.yaml_implicit_resolvers.items()}
+_Loader.yaml_implicit_resolvers = {
+    k: [(t, r) for t, r in v if t != "tag:yaml.org,2002:timestamp"] for k, v in _Loader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"),

@@ -104,7 +104,9 @@ def _stack(items: Iterable[tuple[str, npt.NDArray[np.uint8]]], source: str) -> P
     first = ""
     for where, image in items:
         if images and image.shape != images[0].shape:
-            raise BadInput(f"{where}: {_size(image)}, but {first} is {_size(images[0])}; all must be alike. Set data.size or data.mode to convert")
+            raise BadInput(
+                f"{where}: {_size(image)}, but {first} is {_size(images[0])}; all must be alike. Set data.size or data.mode to convert"
+            )
         first = first or where
         images.append(image)
     if not images:
@@ -151,11 +153,9 @@ def _read_parquet(path: Path, data: FileData) -> Split:
                 raise BadInput(f"{file}: column {column!r}, row {row}: encoded image bytes are expected, found {type(content).__name__}")
             where = f"{file}, row {row}"
             items.append((where, decode(content, where, data.mode, data.size)))
-        values = table[label].to_pylist() if label else [None]
-        if all(isinstance(v, int) for v in values):
-            labels += values
-        else:
-            labeled = False
+        values = [v for v in table[label].to_pylist() if isinstance(v, int)] if label else []
+        labeled = labeled and len(values) == len(table)
+        labels += values
     return Split(_stack(items, str(path)), np.array(labels, dtype=np.int64) if labeled else None)
 
 
@@ -255,5 +255,7 @@ def load(data: DigitsData | FileData) -> Dataset:
     if held >= n:
         raise BadInput(f"{paths[0]}: {n} images are too few to hold some out for a test")
     order = _shuffled(n, data.seed)
-    parts = [Split(whole.images[i], None if whole.labels is None else whole.labels[i]) for i in (np.sort(order[held:]), np.sort(order[:held]))]
+    parts = [
+        Split(whole.images[i], None if whole.labels is None else whole.labels[i]) for i in (np.sort(order[held:]), np.sort(order[:held]))
+    ]
     return Dataset(paths[0].name, parts[0], parts[1])

@@ -152,7 +152,9 @@ def latent_kl(trace: Trace) -> dict[str, Tensor]:
         prior = node.prior
         if prior is None:
             if not isinstance(node.dist, Normal):
-                raise ValueError(f"node {name!r} is a {type(node.dist).__name__} without a prior; hand one over: sample({name!r}, q, prior=p)")
+                raise ValueError(
+                    f"node {name!r} is a {type(node.dist).__name__} without a prior; hand one over: sample({name!r}, q, prior=p)"
+                )
             prior = Normal(torch.zeros_like(node.dist.loc), torch.ones_like(node.dist.scale), validate_args=False)
         divergences[name] = kl(node.dist, prior)
     return divergences
@@ -167,5 +169,7 @@ def negative_elbo(trace: Trace, x: Tensor) -> dict[str, Tensor]:
     """
     out = trace.out.dist
     if isinstance(out, Point):
-        raise ValueError("the inference program returns a plain tensor, which has no likelihood; return a distribution such as Normal(x, 0.1)")
+        raise ValueError(
+            "the inference program returns a plain tensor, which has no likelihood; return a distribution such as Normal(x, 0.1)"
+        )
     return {**latent_kl(trace), "out": -per_sample(out.log_prob(x))}

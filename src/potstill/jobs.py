@@ -69,7 +69,9 @@ class Workshop:
     def data(self) -> Dataset | None:
         """Real images, of the teacher's shape, or of the shape of what is trained."""
         if self.recipe.teacher is None or (self.recipe.train and isinstance(self.recipe.teacher, config.Trained)):
-            return build.dataset(self.recipe.data, self.recipe.train.model.image, self.recipe.train.model.kind) if self.recipe.train else None
+            return (
+                build.dataset(self.recipe.data, self.recipe.train.model.image, self.recipe.train.model.kind) if self.recipe.train else None
+            )
         return build.dataset(self.recipe.data, self.teacher.images.shape, "teacher")
 
     @cached_property
@@ -306,7 +308,8 @@ def teacher_card(recipe: config.Recipe, data: str, parameters: int) -> str:
     return (
         f"{_front(section.model.kind)}\n# {recipe.name}\n\n"
         f"A {section.model.kind} of {parameters:,} parameters, trained by potstill on {data}: {section.steps:,} updates of batch "
-        f"{section.batch}, seed {recipe.seed}.\n\nA model may carry the biases of its training data, and may have memorized parts of it.\n\n"
+        f"{section.batch}, seed {recipe.seed}.\n\n"
+        "A model may carry the biases of its training data, and may have memorized parts of it.\n\n"
         f"```json\n{described}\n```\n"
     )
 
@@ -322,6 +325,6 @@ def student_card(recipe: config.Recipe, job: Job, counts: dict[str, int], parame
     return (
         f"{_front('distillation')}\n# {recipe.name}: {job.arm.title}, seed {job.seed}\n\n"
         f"A student of {parameters:,} parameters, {teacher / parameters:.1f} times fewer than its teacher's {teacher:,}. "
-        f"Made by potstill {how}: {steps}.\n\nA student carries its teacher's biases, and may carry parts of the data that its teacher memorized.\n"
+        f"Made by potstill {how}: {steps}.\n\n"
+        "A student carries its teacher's biases, and may carry parts of the data that its teacher memorized.\n"
     )
-

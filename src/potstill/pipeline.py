@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,11 @@ class Run:
             images = self.shop.real.train
             if isinstance(recipe.train.model, config.ClassifierNet) and images.labels is None:
                 raise BadInput("data: has no labels, which a classifier needs")
-            if isinstance(recipe.train.model, config.ClassifierNet) and images.labels is not None and images.labels.max() >= recipe.train.model.classes:
+            if (
+                isinstance(recipe.train.model, config.ClassifierNet)
+                and images.labels is not None
+                and images.labels.max() >= recipe.train.model.classes
+            ):
                 raise BadInput(f"data: label {images.labels.max()}, but train.model.classes is {recipe.train.model.classes}")
             with torch.device("meta"):
                 build.network(recipe.train.model)
@@ -112,13 +116,15 @@ class Run:
             if not work:
                 return
             with threads(self.recipe.compute.threads):
-                model = make_teacher(self.shop, accelerator(str(self.shop.device)), told=lambda e: self.board.training("train", e))
+                model = make_teacher(self.shop, accelerator(str(self.shop.device)), told=partial(self.board.training, "train"))
             test = self.shop.real.test
             if model.generate is None and test.labels is not None:
                 logits = torch.cat([model.net(torch.from_numpy(part).to(self.shop.device).float() / 255) for part in _parts(test.images)])
                 figures = {"accuracy": (logits.argmax(1).cpu().numpy() == test.labels).mean().item()}
             else:
-                _, figures = reconstructions(model, torch.from_numpy(test.images).float() / 255, Noise((self.recipe.seed, "reconstruct")), 256)
+                _, figures = reconstructions(
+                    model, torch.from_numpy(test.images).float() / 255, Noise((self.recipe.seed, "reconstruct")), 256
+                )
             write_json(self.folder / "train" / "held_out.json", figures)
             self.board.say("  held out: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
 
@@ -169,7 +175,7 @@ class Run:
                 with threads(recipe.compute.threads):
                     engine = accelerator(str(self.shop.device))
                     for job in todo:
-                        make_student(self.shop, job, identity, engine, told=lambda e, j=job: self.board.training(j.name, e))
+                        make_student(self.shop, job, identity, engine, told=partial(self.board.training, job.name))
             else:
                 self._side_by_side(todo, workers, identity)
             missing = [job.name for job in todo if not is_done(self.folder, job, identity)]
@@ -183,7 +189,9 @@ class Run:
     def evaluate(self) -> None:
         """Figures for the teacher and every arm, and the arrays that the report's pictures are made of."""
         section, recipe = self._section("evaluate"), self.recipe
-        students = {job.name: sha256(student_folder(self.folder, job) / "model.safetensors") for job in jobs(recipe) if self._is_trained(job)}
+        students = {
+            job.name: sha256(student_folder(self.folder, job) / "model.safetensors") for job in jobs(recipe) if self._is_trained(job)
+        }
         if len(students) < len(jobs(recipe)):
             raise BadInput("evaluate: not every student is trained yet; run the distill stage first")
         depends = {
@@ -225,10 +233,7 @@ class Run:
         if begun.exists():
             before = read_json(begun)
             if before.get("fingerprint") != mark:
-                raise Refused(
-                    f"{self.folder}: stage {name} was begun here from other inputs ({', '.join(_differences(before.get('depends'), plain)) or 'unknown'}); "
-                    "nothing is overwritten: choose another --out"
-                )
+                raise Refused(_refusal(self.folder, name, _differences(before.get("depends"), plain)))
         if done.exists():
             self.board.say(f"{name}: done already")
             yield False
@@ -336,7 +341,8 @@ class Run:
             "name": recipe.name,
             "reference": {"data": data.name, "n": n, "features": features.name, "floor": over_seeds(floor) if floor else {}},
             "arms": {name: over_seeds(found) | counts[name] for name, found in rows.items()},
-            "arms_info": {"teacher": {"label": "teacher", "updates": None, "data": "real", "note": ""}} | {a.title: self._about(a) for a in recipe.arms},
+            "arms_info": {"teacher": {"label": "teacher", "updates": None, "data": "real", "note": ""}}
+            | {a.title: self._about(a) for a in recipe.arms},
             "seeds": list(recipe.seeds),
             "environment": environment,
         }
@@ -378,6 +384,11 @@ def _nearest(images: Any, real: Any) -> dict[str, Any]:
     return {"surrogate": images, "nearest": np.stack(found), "nearest_distance": np.array(distances)}
 
 
+def _refusal(folder: Path, stage: str, differences: list[str]) -> str:
+    what = ", ".join(differences) or "unknown"
+    return f"{folder}: stage {stage} was begun here from other inputs (differs: {what}); nothing is overwritten: choose another --out"
+
+
 def _plain(value: Any) -> Any:
     if hasattr(value, "model_dump"):
         return value.model_dump(mode="json")
@@ -397,7 +408,19 @@ def _differences(before: Any, now: Any, path: str = "") -> list[str]:
 def describe(device: torch.device) -> dict[str, Any]:
     """Machine and versions, as metrics.json keeps them."""
     versions = {}
-    for package in ("torch", "accelerate", "numpy", "scipy", "POT", "pyarrow", "pillow", "safetensors", "huggingface_hub", "pydantic", "scikit-learn"):
+    for package in (
+        "torch",
+        "accelerate",
+        "numpy",
+        "scipy",
+        "POT",
+        "pyarrow",
+        "pillow",
+        "safetensors",
+        "huggingface_hub",
+        "pydantic",
+        "scikit-learn",
+    ):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     return {
@@ -438,13 +461,13 @@ def execute(
         with lock(folder / "state" / "run.lock", 0):
             resolved = config.dump(recipe)
             if not (folder / "recipe.yaml").exists() or (folder / "recipe.yaml").read_text(encoding="utf-8") != resolved:
-                _refuse_other(run, chosen)
+                _refuse_other(run)
                 write_text(folder / "recipe.yaml", resolved)
             for stage in chosen:
                 getattr(run, stage)()
 
 
-def _refuse_other(run: Run, chosen: tuple[str, ...]) -> None:
+def _refuse_other(run: Run) -> None:
     """Refuse before the recipe is replaced, where a stage that was begun here has read other sections of a recipe."""
     path = run.folder / "recipe.yaml"
     if not path.exists():
@@ -459,6 +482,4 @@ def _refuse_other(run: Run, chosen: tuple[str, ...]) -> None:
     for stage, sections in reads.items():
         changed = [d for s in sections for d in _differences(before.get(s), now.get(s), s)]
         if changed and (run.folder / stage / "begun.json").exists():
-            raise Refused(
-                f"{run.folder}: stage {stage} was begun here from another recipe (differs: {', '.join(changed)}); nothing is overwritten: choose another --out"
-            )
+            raise Refused(_refusal(run.folder, stage, changed))

@@ -51,7 +51,9 @@ class Sampler(Protocol):
     @property
     def noise(self) -> NoiseSource: ...
 
-    def __call__(self, name: str, dist: Distribution | Callable[..., Distribution], *args: Any, prior: Distribution | None = None) -> Tensor:
+    def __call__(
+        self, name: str, dist: Distribution | Callable[..., Distribution], *args: Any, prior: Distribution | None = None
+    ) -> Tensor:
         """Draw the node ``name`` and return its value, ``(batch, ...)``.
 
         Args:
@@ -220,7 +222,9 @@ class _Recorder:
         node = self.nodes[name] = Node(name, make, self._given.get(name), self.noise, prior)
         return node
 
-    def __call__(self, name: str, dist: Distribution | Callable[..., Distribution], *args: Any, prior: Distribution | None = None) -> Tensor:
+    def __call__(
+        self, name: str, dist: Distribution | Callable[..., Distribution], *args: Any, prior: Distribution | None = None
+    ) -> Tensor:
         return self.node(name, dist, args, prior).value
 
     def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:

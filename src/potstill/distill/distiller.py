@@ -78,11 +78,10 @@ class Distiller(nn.Module):
         """
         (teacher,), student = self._teacher, self._student
         shared: NoiseSource = noise
-        if self.program == "generate" or images is None:
-            program_inputs = []
-        else:
-            program_inputs = [(m.images.encode(images),) for m in (teacher, student)]
-        for_teacher, for_student = program_inputs or ((), ())
+        for_teacher: tuple[Tensor, ...] = ()
+        for_student: tuple[Tensor, ...] = ()
+        if self.program != "generate" and images is not None:
+            for_teacher, for_student = (teacher.images.encode(images),), (student.images.encode(images),)
         n = n if images is None else len(images)
         with torch.no_grad():
             given = {}

@@ -176,7 +176,7 @@ def fit(
     if saved:
         net.load_state_dict(saved["net"])
         first = names.index(saved["phase"])
-        log.rewind({**{name: 1 << 60 for name in names[:first]}, names[first]: saved["step"]})
+        log.rewind({**dict.fromkeys(names[:first], 1 << 60), names[first]: saved["step"]})
     else:
         log.rewind({})
     for position in range(first, len(names)):
@@ -251,7 +251,13 @@ def _fit_phase(
             speed = (done - logged) * batch / max(now - since_log, 1e-9)
             since_log, logged = now, done
             if engine.is_main_process:
-                entry = {"phase": phase.name, "step": done, "steps": training.steps, "loss": value, **{f"loss/{k}": v for k, v in parts.items()}}
+                entry = {
+                    "phase": phase.name,
+                    "step": done,
+                    "steps": training.steps,
+                    "loss": value,
+                    **{f"loss/{k}": v for k, v in parts.items()},
+                }
                 log.write(entry | {"lr": learning_rate(training, step), "images_per_second": round(speed, 1)})
             if done < training.steps and time.monotonic() - since_save >= save_seconds:
                 save(done)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import numpy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -57,7 +58,7 @@ def reconstructions(model: Model, x: Tensor, noise: Noise, batch: int) -> tuple[
     return torch.cat(outputs), figures
 
 
-def quality(generated: Tensor, real: NDArray, features: Features, k: int) -> dict[str, float]:
+def quality(generated: Tensor, real: NDArray[numpy.float32], features: Features, k: int) -> dict[str, float]:
     """Every distance of section "evaluation" between generated images and the features of real ones."""
     return distances(real, features(generated), k=k)
 

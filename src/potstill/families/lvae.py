@@ -65,12 +65,14 @@ class LVAE(
         super().__init__()
         channels, height, pixels_wide = image
         if min(channels, height, pixels_wide, width, latent) < 1 or not std > 0 or max(height, pixels_wide) < 2:
-            raise ValueError(f"LVAE(image={tuple(image)}, width={width}, latent={latent}, std={std}): all must be positive, images of 2 pixels or more")
+            raise ValueError(
+                f"LVAE(image={tuple(image)}, width={width}, latent={latent}, std={std}): all must be positive, images of 2 pixels or more"
+            )
         sizes = halvings((height, pixels_wide))
         if not 1 <= levels < len(sizes):
             raise ValueError(f"an LVAE on {height}x{pixels_wide} images has 1 to {len(sizes) - 1} levels, not {levels}")
         self.image, self.width, self.levels, self.latent, self.std = (channels, height, pixels_wide), width, levels, latent, std
-        self.sizes = sizes[1:levels] + [(1, 1)]  # of z1, z2, ... up to the top
+        self.sizes = [*sizes[1:levels], (1, 1)]  # of z1, z2, ... up to the top
         left = len(sizes) - levels  # halvings that the top level takes
         first = Down(width, 2 * latent, width, [1] + [2] * (left - 1) if levels == 1 else [1])
         self.u1 = nn.Sequential(nn.Conv2d(channels, width, 5, 2, 2), first)

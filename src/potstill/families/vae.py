@@ -38,7 +38,9 @@ class VAE(
         super().__init__()
         channels, height, pixels_wide = image
         if min(channels, height, pixels_wide, width, latent) < 1 or not std > 0 or max(height, pixels_wide) < 2:
-            raise ValueError(f"VAE(image={tuple(image)}, width={width}, latent={latent}, std={std}): all must be positive, images of 2 pixels or more")
+            raise ValueError(
+                f"VAE(image={tuple(image)}, width={width}, latent={latent}, std={std}): all must be positive, images of 2 pixels or more"
+            )
         self.image, self.width, self.latent, self.std = (channels, height, pixels_wide), width, latent, std
         sizes = halvings((height, pixels_wide))
         self.stem = nn.Conv2d(channels, width, 5, 2, 2)
