@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
+import reprlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import RecipeError
 
@@ -23,14 +26,55 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
+def _json(value: Any) -> Any:
+    """Refuse what JSON cannot hold, for the recipe is stored and hashed as JSON."""
+    match value:
+        case None | bool() | int():
+            pass
+        case float():
+            if not math.isfinite(value):
+                raise ValueError(f"a finite number is expected, found {value}")
+        case str():
+            _plain(value)
+        case list():
+            for item in value:
+                _json(item)
+        case dict():
+            for key, item in value.items():
+                if not isinstance(key, str):
+                    raise ValueError(f"names are expected as keys, found {key!r}")
+                _plain(key)
+                _json(item)
+        case _:
+            raise ValueError(f"numbers, texts, lists and mappings are expected, found a {type(value).__name__}")
+    return value
+
+
+def _plain(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("a line of printable characters is expected")
+    return text
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, (bool, str)):
+        raise ValueError("a number is expected")
+    return value
+
+
+_NUMERIC = BeforeValidator(_number)  # pydantic alone would take true for 1
+Count = Annotated[int, Field(ge=1, lt=2**31), _NUMERIC]
+Positive = Annotated[float, Field(gt=0), _NUMERIC]
+NotNegative = Annotated[float, Field(ge=0), _NUMERIC]
+Fraction = Annotated[float, Field(ge=0, lt=1), _NUMERIC]
+Seed = Annotated[int, Field(ge=0, lt=2**63), _NUMERIC]
+Side = Annotated[int, Field(ge=2, le=4096), _NUMERIC]
+ImageShape = tuple[Annotated[int, Field(ge=1, le=4), _NUMERIC], Side, Side]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Target = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
-ImageShape = tuple[Annotated[int, Field(ge=1, le=4)], Annotated[int, Field(ge=2, le=4096)], Annotated[int, Field(ge=2, le=4096)]]
+Text = Annotated[str, Field(min_length=1), AfterValidator(_plain)]
+Pattern = Annotated[str, AfterValidator(_plain)]
+Arguments = Annotated[dict[str, Any], AfterValidator(_json)]
 
 
 # ------------------------------------------------------------------ real data, which only its owner has
@@ -41,26 +85,24 @@ class DigitsData(Section):
 
     kind: Literal["digits"]
     seed: Seed = 0
-    train: Annotated[int, Field(ge=1, le=1796)] = 1200
+    train: Annotated[int, Field(ge=1, le=1796), _NUMERIC] = 1200
 
 
 class FileData(Section):
     """Images in a folder (png, jpg, webp, bmp), a parquet file or folder of them, or an npz file."""
 
     kind: Literal["folder", "parquet", "npz"]
-    path: str
-    test_path: str | None = Field(default=None, description="held-out images; without it a fraction is split off by the seed")
-    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    path: Text
+    test_path: Text | None = Field(default=None, description="held-out images; without it a fraction is split off by the seed")
+    test_fraction: Annotated[float, Field(gt=0, lt=1), _NUMERIC] = 0.1
     seed: Seed = 0
-    image: str | None = Field(
+    image: Text | None = Field(
         default=None, description="parquet column or npz array of the images; by default the first of image, img, images, x"
     )
-    label: str | None = Field(
+    label: Text | None = Field(
         default=None, description="parquet column or npz array of the labels; by default label, labels or y where there is one"
     )
-    size: Annotated[int, Field(ge=2, le=4096)] | None = Field(
-        default=None, description="resize to size x size; without it another size is an error"
-    )
+    size: Side | None = Field(default=None, description="resize to size x size; without it another size is an error")
     mode: Literal["L", "RGB"] | None = Field(default=None, description="convert to gray or color; without it another mode is an error")
 
 
@@ -96,7 +138,7 @@ class ClassifierNet(Section):
 
     kind: Literal["classifier"]
     image: ImageShape
-    classes: Annotated[int, Field(ge=2)]
+    classes: Annotated[int, Field(ge=2, le=2**20), _NUMERIC]
     width: Count = 32
 
 
@@ -107,7 +149,7 @@ class Pretrained(Section):
     """A folder written by ``save_pretrained``, ``zoo:NAME``, or a Hub id."""
 
     kind: Literal["pretrained"]
-    path: str
+    path: Text
 
 
 class Trained(Section):
@@ -120,7 +162,7 @@ class Weights(Section):
     """A network described here, with weights from a safetensors file under the published names."""
 
     kind: Literal["weights"]
-    path: str
+    path: Text
     net: Net
 
 
@@ -129,7 +171,7 @@ class Python(Section):
 
     kind: Literal["python"]
     target: Target
-    arguments: dict[str, Any] = {}
+    arguments: Arguments = {}
 
 
 Teacher = Annotated[Pretrained | Trained | Weights | Python, Field(discriminator="kind")]
@@ -139,11 +181,11 @@ class Student(Section):
     """The teacher's architecture with another width, given or found, or a model of one's own. Exactly one of the three."""
 
     width: Count | None = Field(default=None, description="channels of the student's hidden maps")
-    ratio: Annotated[float, Field(gt=1)] | None = Field(
+    ratio: Annotated[float, Field(gt=1), _NUMERIC] | None = Field(
         default=None, description="times fewer parameters than the teacher; the nearest width is found"
     )
     target: Target | None = Field(default=None, description="module:name of a function that returns a Model")
-    arguments: dict[str, Any] = {}
+    arguments: Arguments = {}
 
     @model_validator(mode="after")
     def _one(self) -> Student:
@@ -162,7 +204,7 @@ class Training(Section):
     """Updates of one phase."""
 
     steps: Count = 1000
-    batch: Annotated[int, Field(ge=2)] = 128
+    batch: Annotated[int, Field(ge=2, lt=2**31), _NUMERIC] = 128
     lr: Positive = 2e-3
     warmup: NotNegative = Field(default=50, description="updates over which the learning rate rises from 0")
     decay: Literal["cosine", "constant"] = "cosine"
@@ -184,7 +226,7 @@ class Train(Training):
 class Rule(Section):
     """Which nodes to compare, and how; the first rule that matches a node wins."""
 
-    nodes: str = "*"
+    nodes: Pattern = "*"
     by: Literal["kl", "reverse_kl", "wasserstein2", "mse", "hinton"] = "kl"
     temperature: Positive = Field(default=1.0, description="of hinton")
     weight: NotNegative = 1.0
@@ -205,15 +247,15 @@ class Generator(Training):
     """First phase: the student's generator on the teacher's noise."""
 
     rules: tuple[Rule, ...] = (Rule(nodes="z*", by="wasserstein2", weight=0.1, reduce="mean"), Rule(nodes="out", by="kl"))
-    replay: str = Field(default="", description="pattern of nodes at which the student takes the teacher's values")
-    share: str = Field(default="*", description="pattern of nodes at which the student gets the teacher's noise")
+    replay: Pattern = Field(default="", description="pattern of nodes at which the student takes the teacher's values")
+    share: Pattern = Field(default="*", description="pattern of nodes at which the student gets the teacher's noise")
 
 
 class Encoder(Training):
     """Second phase: the student's encoder on images, its generator frozen."""
 
     rules: tuple[Rule, ...] = (Rule(nodes="z*", by="kl", weight=0.0), Rule(nodes="out", by="kl", weight=0.0))
-    replay: str = ""
+    replay: Pattern = ""
     elbo: NotNegative = Field(default=1.0, description="weight of the student's own negative ELBO of the images")
 
 
@@ -245,8 +287,8 @@ class Arm(Section):
     kind: Literal["data_free", "with_data", "scratch"]
     name: Name | None = None
     steps: Count | None = Field(default=None, description="updates of the first phase, where this arm's differ from the recipe's")
-    replay: str | None = None
-    share: str | None = None
+    replay: Pattern | None = None
+    share: Pattern | None = None
 
     @property
     def title(self) -> str:
@@ -270,18 +312,20 @@ class Arm(Section):
 class Evaluate(Section):
     """Figures for the teacher and every arm."""
 
-    features: str = Field(default="pixels", description="pixels, classifier:PATH (a folder or zoo:NAME), or python:module:name")
-    n: Annotated[int, Field(ge=8)] | None = Field(default=None, description="images on each side; by default all held-out real ones")
+    features: Text = Field(default="pixels", description="pixels, classifier:PATH (a folder or zoo:NAME), or python:module:name")
+    n: Annotated[int, Field(ge=8), _NUMERIC] | None = Field(
+        default=None, description="images on each side; by default all held-out real ones"
+    )
     batch: Count = 256
     k: Count = Field(default=5, description="neighbors of precision, recall, density and coverage")
     latency_threads: Count = 1
-    latency_repeats: Annotated[int, Field(ge=3)] = 50
+    latency_repeats: Annotated[int, Field(ge=3), _NUMERIC] = 50
 
 
 class Report(Section):
     """The page."""
 
-    images: Annotated[int, Field(ge=1, le=64)] = Field(default=16, description="in a row of pictures")
+    images: Annotated[int, Field(ge=1, le=64), _NUMERIC] = Field(default=16, description="in a row of pictures")
 
 
 class Compute(Section):
@@ -325,23 +369,31 @@ class Recipe(Section):
     def _complete(self) -> Recipe:
         problems = []
         if self.train and not self.data:
-            problems.append("train needs data")
-        if isinstance(self.teacher, Trained) and not self.train:
-            problems.append("teacher: {kind: trained} needs a train section")
+            problems.append("train: needs data")
+        if isinstance(self.teacher, Trained):
+            if not self.train:
+                problems.append("teacher: kind trained needs a train section")
+            elif isinstance(self.train.model, ClassifierNet):
+                problems.append("teacher: kind trained needs a train.model that generates; a classifier does not")
         if self.surrogate and not self.teacher:
-            problems.append("surrogate needs a teacher")
-        if self.distill and not (self.teacher and self.student):
-            problems.append("distill needs a teacher and a student")
-        if self.distill and self.distill.infer and not self.surrogate and any(a.kind == "data_free" for a in self.arms):
-            problems.append("distill.infer trains the encoder on surrogate images and needs a surrogate section, or infer: null")
-        if self.distill and not self.data and any(a.kind != "data_free" for a in self.arms):
-            problems.append("arms with_data and scratch need data")
-        if self.evaluate and not (self.distill and self.data):
-            problems.append("evaluate needs distill, and data to compare with")
+            problems.append("surrogate: needs a teacher")
+        if self.distill and not self.teacher:
+            problems.append("distill: needs a teacher")
+        if self.distill and not self.student:
+            problems.append("distill: needs a student")
+        kinds = {arm.kind for arm in self.arms}
+        if self.distill and self.distill.infer and not self.surrogate and "data_free" in kinds:
+            problems.append("distill.infer: trains the encoder on surrogate images and needs a surrogate section, or infer: null")
+        if self.distill and not self.data and kinds != {"data_free"}:
+            problems.append("arms: with_data and scratch need data")
+        if self.evaluate and not self.distill:
+            problems.append("evaluate: needs distill")
+        if self.evaluate and not self.data:
+            problems.append("evaluate: needs data to compare with")
         if self.report and not self.evaluate:
-            problems.append("report needs evaluate")
+            problems.append("report: needs evaluate")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
         return self
 
 
@@ -349,66 +401,91 @@ class Recipe(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers (``1e-3`` is one), no duplicate keys."""
+    """YAML 1.2's plain values: ``1e-3`` is a number; ``on``, ``010`` and ``2024-01-01`` are no surprises. No duplicate keys."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [k.value for k, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise RecipeError(f"{key}: given twice")
+        if isinstance(node, yaml.MappingNode):
+            keys = Counter(k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode))
+            for key, count in keys.items():
+                if count > 1:
+                    raise RecipeError(f"line {node.start_mark.line + 1}: {reprlib.repr(key)} is given twice")
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: Any) -> int:
+        return int(self.construct_scalar(node))
 
-_Loader.yaml_implicit_resolvers = {
-    k: [(t, r) for t, r in v if t != "tag:yaml.org,2002:timestamp"] for k, v in _Loader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"),
-    list("-+.0123456789"),
-)
+    def construct_yaml_float(self, node: Any) -> float:
+        return float(self.construct_scalar(node).lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+_INTEGER, _NUMBER = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_DECIMAL = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _starts in (
+    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    (_INTEGER, r"[-+]?[0-9]+", list("-+0123456789")),
+    (_NUMBER, _DECIMAL, list("-+.0123456789")),
+    ("tag:yaml.org,2002:merge", r"<<", ["<"]),
+):
+    _Loader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), _starts)
+_Loader.add_constructor(_INTEGER, _Loader.construct_yaml_int)
+_Loader.add_constructor(_NUMBER, _Loader.construct_yaml_float)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that YAML 1.1 or 1.2 would take for something else."""
+
+
+_Dumper.add_implicit_resolver(_NUMBER, re.compile(f"^(?:{_DECIMAL})$"), list("-+.0123456789"))
 
 
 def _parse(text: str, source: str) -> Any:
-    if len(text.encode()) > MAX_RECIPE_BYTES:
-        raise RecipeError(f"{source}: more than {MAX_RECIPE_BYTES} bytes; a recipe is a page of text")
     try:
         depth = 0
         for event in yaml.parse(text, Loader=_Loader):
             if isinstance(event, yaml.AliasEvent):
-                raise RecipeError(f"{source}: line {event.start_mark.line + 1}: aliases are not allowed; write the value out")
+                raise RecipeError(f"line {event.start_mark.line + 1}: aliases are not allowed; write the value out")
+            if getattr(event, "tag", None) is not None:
+                raise RecipeError(f"line {event.start_mark.line + 1}: tags such as {event.tag} are not allowed; write the value plainly")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_RECIPE_DEPTH:
-                raise RecipeError(f"{source}: nested more than {MAX_RECIPE_DEPTH} deep")
+                raise RecipeError(f"line {event.start_mark.line + 1}: nested more than {MAX_RECIPE_DEPTH} deep")
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
-        raise RecipeError(f"{source}: {where}not YAML: {getattr(error, 'problem', None) or error}") from None
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise RecipeError(f"{source}: {where}not YAML: {problem}") from None
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{source}: {error}") from None
 
 
-def _override(tree: Any, assignment: str) -> None:
+def _override(tree: dict[Any, Any], assignment: str) -> None:
     path, equals, text = assignment.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):
         raise RecipeError(f"{assignment}: an override is written a.b=value")
-    for i, key in enumerate(keys[:-1]):
-        tree = tree[int(key)] if isinstance(tree, list) and key.isdigit() and int(key) < len(tree) else tree
-        if isinstance(tree, dict):
-            if tree.get(key) is None:
-                tree[key] = {}
-            tree = tree[key]
-        elif not isinstance(tree, list):
-            raise RecipeError(f"{assignment}: {'.'.join(keys[:i])} is no section of the recipe")
     value = _parse(text, assignment)
-    if isinstance(tree, dict):
-        tree[keys[-1]] = value
-    elif isinstance(tree, list) and keys[-1].isdigit() and int(keys[-1]) < len(tree):
-        tree[int(keys[-1])] = value
-    else:
-        raise RecipeError(f"{assignment}: {'.'.join(keys[:-1])} is no section of the recipe")
+    at: Any = tree
+    for i, key in enumerate(keys):
+        last = i == len(keys) - 1
+        if isinstance(at, dict):
+            if last:
+                at[key] = value
+            elif at.get(key) is None:
+                at[key] = {}
+            at = at[key]
+        elif isinstance(at, list):
+            if not (key.isascii() and key.isdigit()) or int(key) >= len(at):
+                raise RecipeError(
+                    f"{assignment}: {'.'.join(keys[:i])} is a list of {len(at)}; an index from 0 to {len(at) - 1} is expected"
+                )
+            if last:
+                at[int(key)] = value
+            at = at[int(key)]
+        else:
+            raise RecipeError(f"{assignment}: {'.'.join(keys[:i])} is no section of the recipe")
 
 
 def _known_keys(location: Sequence[int | str]) -> list[str]:
@@ -439,18 +516,29 @@ def _known_keys(location: Sequence[int | str]) -> list[str]:
 
 def _problem(error: Any) -> str:
     location = error["loc"]
+    path = _dotted(location)
     if error["type"] == "extra_forbidden":
         close = difflib.get_close_matches(str(location[-1]), _known_keys(location[:-1]), n=1)
-        return f"{_dotted(location)}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
-    found = error.get("input")
-    shown = "" if isinstance(found, (dict, list)) or error["type"] == "missing" else f" (found {found!r})"
+        return f"{path}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
     message = error["msg"].removeprefix("Value error, ")
-    return f"{_dotted(location) or 'recipe'}: {message[0].lower() + message[1:]}{shown}"
+    if not location and error["type"] == "value_error":
+        return message  # of Recipe's own check, whose lines name their section
+    found = error.get("input")
+    shown = "" if isinstance(found, (dict, list, tuple)) or error["type"] == "missing" else f" (found {_SHORT.repr(found)})"
+    return f"{path or 'recipe'}: {message[0].lower() + message[1:]}{shown}"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
 def _dotted(location: Sequence[int | str]) -> str:
-    tags = {"digits", "folder", "parquet", "npz", "lvae", "vae", "classifier", "pretrained", "trained", "weights", "python"}
-    return ".".join(str(p) for p in location if p not in tags)
+    """The path as the user wrote it: without the names that pydantic gives to the members of a union."""
+    unions, tags = {"data", "teacher", "net", "model"}, {"digits", "folder", "parquet", "npz", "lvae", "vae", "classifier"}
+    tags |= {"pretrained", "trained", "weights", "python"}
+    before = ["", *location]
+    parts = [str(p) for p, parent in zip(location, before, strict=False) if not (parent in unions and p in tags)]
+    return ".".join(part if part.isprintable() else repr(part) for part in parts)
 
 
 def check(tree: Any) -> Recipe:
@@ -460,7 +548,7 @@ def check(tree: Any) -> Recipe:
         RecipeError: one line for each thing that is wrong.
     """
     if not isinstance(tree, dict):
-        raise RecipeError(f"recipe: a mapping of sections is expected, found {type(tree).__name__}")
+        raise RecipeError(f"recipe: a mapping of sections is expected, found {_kind(tree)}")
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
@@ -474,19 +562,29 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: the file is missing, is no YAML, or is no recipe.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open("rb") as file:
+            data = file.read(MAX_RECIPE_BYTES + 1)
+        text = data.decode("utf-8-sig")
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
         raise RecipeError(f"{path}: cannot be read ({error})") from None
+    if len(data) > MAX_RECIPE_BYTES:
+        raise RecipeError(f"{path}: more than {MAX_RECIPE_BYTES} bytes; a recipe is a page of text")
     tree = _parse(text, str(path))
     if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: a mapping of sections is expected, found {type(tree).__name__}")
+        raise RecipeError(f"{path}: a mapping of sections is expected, found {_kind(tree)}")
     for assignment in overrides:
         _override(tree, assignment)
     return check(tree)
 
 
+def _kind(tree: Any) -> str:
+    return "nothing" if tree is None else f"a {type(tree).__name__}"
+
+
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML, with every default written out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

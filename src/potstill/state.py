@@ -6,10 +6,11 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = "potstill-state/1"
+
+# Every temporary name in a run: of a file, with the process that wrote it; of a folder, with tempfile's eight characters.
+_TEMPORARY = re.compile(r"\..+\.(\d+|[a-z0-9_]{8})\.tmp")
 
 
 def sha256(path: Path) -> str:
@@ -41,11 +45,15 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def publish(temporary: Path, path: Path) -> None:
-    """Give a finished file its name, with the permissions that a new file has, so that a crash leaves the old file or the new one."""
+def _mask() -> int:
     mask = os.umask(0)
     os.umask(mask)
-    temporary.chmod(0o666 & ~mask)  # safetensors and tempfile write 0600
+    return mask
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a finished file its name, with the permissions that a new file has, so that a crash leaves the old file or the new one."""
+    temporary.chmod(0o666 & ~_mask())  # safetensors and tempfile write 0600
     _flush(temporary)
     os.replace(temporary, path)
     _flush(path.parent)
@@ -78,13 +86,15 @@ def read_json(path: Path) -> Any:
     """Read JSON.
 
     Raises:
-        BrokenFile: the file is missing or not JSON.
+        BrokenFile: the file is missing, cannot be read, or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BrokenFile(f"{path}: no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except OSError as error:
+        raise BrokenFile(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number of thousands of digits
         raise BrokenFile(f"{path}: not JSON ({error})") from None
 
 
@@ -103,6 +113,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise BrokenFile(f"{path}: no such file") from None
     except IsADirectoryError:
         raise BrokenFile(f"{path}: a folder, not a safetensors file") from None
+    except OSError as error:
+        raise BrokenFile(f"{path}: cannot be read ({error.strerror})") from None
     if data[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         raise BrokenFile(f"{path}: a pickled checkpoint, which can run code when it is read; convert it to safetensors")
     try:
@@ -111,12 +123,50 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise BrokenFile(f"{path}: not a whole safetensors file ({error})") from None
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file whole or not at all."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file whole or not at all.
+
+    Raises:
+        OSError: it cannot be written, such as on a full disk.
+    """
+    with replacing(path) as temporary:
+        save_tensors(tensors, temporary, metadata)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, as it comes. Tensors that share memory, such as tied weights, are written each in full.
+
+    Raises:
+        OSError: it cannot be written; safetensors has an exception of its own for that.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with replacing(path) as temporary:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
+    plain, memory = {}, set()
+    for name, tensor in tensors.items():
+        plain[name] = tensor.detach().cpu().contiguous()
+        if (address := plain[name].untyped_storage().data_ptr()) in memory:
+            plain[name] = plain[name].clone()
+        memory.add(address)
+    try:
+        save_file(plain, path, metadata)
+    except SafetensorError as error:
+        raise os_error(error, path) from None
+
+
+def os_error(error: Exception, path: Path) -> OSError:
+    """The system's error that safetensors or pyarrow tells of in a text, such as "No space left on device (os error 28)"."""
+    number = re.search(r"(?:os error|errno) (\d+)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else OSError(f"{path}: {error}")
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files and folders that killed processes left. Only for a folder in which nothing else is at work."""
+    for path in [p for p in folder.rglob(".*.tmp") if _TEMPORARY.fullmatch(p.name)]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -127,40 +177,48 @@ def new_folder(folder: Path) -> Iterator[Path]:
         FileExistsError: ``folder`` is there already and not empty.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
     try:
         yield temporary
+        mask = _mask()
         for path in [*temporary.rglob("*"), temporary]:
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
             _flush(path)
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o777 & ~mask)
         os.replace(temporary, folder)
         _flush(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _split(tree: Any, prefix: str) -> tuple[dict[str, Tensor], Any]:
+def _split(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """The tree as JSON, its tensors moved to ``tensors``, each under a name that nothing else has."""
     import torch
 
     if isinstance(tree, torch.Tensor):
-        return {prefix: tree.detach().cpu().contiguous()}, {"$tensor": prefix}
+        name = path
+        while name in tensors:  # {1: a, "1": b} and {"a/b": a, "a": {"b": b}} give one path to two
+            name += "+"
+        tensors[name] = tree
+        return {"$tensor": name}
     if isinstance(tree, dict):
-        parts = [(key, *_split(value, f"{prefix}/{key}")) for key, value in tree.items()]
-        return {n: t for _, tensors, _ in parts for n, t in tensors.items()}, {"$dict": [[key, skeleton] for key, _, skeleton in parts]}
+        for key in tree:
+            if not (key is None or isinstance(key, (bool, int, float, str))):
+                raise TypeError(f"cannot save the key {key!r} at {path!r}: only numbers and strings")
+        return {"$dict": [[key, _split(value, f"{path}/{key}", tensors)] for key, value in tree.items()]}
     if isinstance(tree, (list, tuple)):
-        children = [_split(value, f"{prefix}/{i}") for i, value in enumerate(tree)]
-        return {n: t for tensors, _ in children for n, t in tensors.items()}, [skeleton for _, skeleton in children]
+        items = [_split(value, f"{path}/{i}", tensors) for i, value in enumerate(tree)]
+        return items if isinstance(tree, list) else {"$tuple": items}
     if tree is None or isinstance(tree, (bool, int, float, str)):
-        return {}, tree
-    raise TypeError(f"cannot save a {type(tree).__name__} at {prefix!r}: only tensors, numbers, strings, dicts and lists")
+        return tree
+    raise TypeError(f"cannot save a {type(tree).__name__} at {path!r}: only tensors, numbers, strings, dicts and lists")
 
 
 def _join(tensors: dict[str, Tensor], skeleton: Any) -> Any:
     if isinstance(skeleton, dict):
         if "$tensor" in skeleton:
             return tensors[skeleton["$tensor"]]
+        if "$tuple" in skeleton:
+            return tuple(_join(tensors, value) for value in skeleton["$tuple"])
         return {key: _join(tensors, value) for key, value in skeleton["$dict"]}
     if isinstance(skeleton, list):
         return [_join(tensors, value) for value in skeleton]
@@ -177,15 +235,14 @@ class States:
         self.folder, self._keep = folder, keep
 
     def save(self, step: int, tree: dict[str, Any]) -> None:
-        """Write the state of ``step`` whole or not at all: a nest of dicts and lists of tensors, numbers and strings."""
-        from safetensors.torch import save_file
-
-        tensors, skeleton = _split(tree, "")
+        """Write the state of ``step`` whole or not at all: a nest of dicts, lists and tuples of tensors, numbers and strings."""
+        tensors: dict[str, Tensor] = {}
+        skeleton = _split(tree, "", tensors)
         target = self.folder / f"step-{step:08d}"
         if target.exists():
             shutil.rmtree(target)
         with new_folder(target) as temporary:
-            save_file(tensors, temporary / "state.safetensors")
+            save_tensors(tensors, temporary / "state.safetensors")
             digest = sha256(temporary / "state.safetensors")
             manifest = {"format": FORMAT, "step": step, "files": {"state.safetensors": digest}, "state": skeleton}
             (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -204,8 +261,10 @@ class States:
                 if sha256(path) != manifest["files"]["state.safetensors"]:
                     raise BrokenFile(f"{path}: not the file that its manifest describes")
                 return _join(read_tensors(path), manifest["state"]), complaints
-            except (BrokenFile, OSError, KeyError, TypeError) as error:
+            except (BrokenFile, OSError) as error:
                 complaints.append(str(error))
+            except (KeyError, TypeError, ValueError, RecursionError) as error:
+                complaints.append(f"{folder / 'manifest.json'}: not a manifest of format {FORMAT} ({error!r})")
         return None, complaints
 
     def clear(self) -> None:
@@ -213,12 +272,19 @@ class States:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _steps(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*")) if self.folder.is_dir() else []
+        found = [p for p in self.folder.glob("step-*") if p.name[5:].isdecimal()] if self.folder.is_dir() else []
+        return sorted(found, key=lambda p: int(p.name[5:]))
 
 
 @contextlib.contextmanager
-def lock(path: Path, wait_seconds: float = 0.0) -> Iterator[None]:
-    """Hold a file lock, which the system lets go when the process dies, however it dies.
+def lock(path: Path, wait_seconds: float = 0.0, what: str = "", keep_going: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Hold a file lock, which the system lets go when the process dies, however it dies. The empty file stays.
+
+    Args:
+        path: of the file.
+        wait_seconds: how long to wait for another process that holds it.
+        what: is locked, for the error; by default the file's folder.
+        keep_going: asked while waiting; when it says no, ``KeyboardInterrupt`` is raised.
 
     Raises:
         Locked: another process holds it for longer than ``wait_seconds``.
@@ -236,7 +302,9 @@ def lock(path: Path, wait_seconds: float = 0.0) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
+                if not keep_going():
+                    raise KeyboardInterrupt from None
                 if time.monotonic() >= deadline:
-                    raise Locked(f"{path.parent}: another potstill process is working in this folder") from None
+                    raise Locked(f"{what or path.parent}: another potstill process is working in this folder") from None
                 time.sleep(0.1)
         yield

@@ -92,7 +92,8 @@ def _(dist: Normal, name: str, noise: NoiseSource) -> Tensor:
 
 @draw.register
 def _(dist: Bernoulli, name: str, noise: NoiseSource) -> Tensor:
-    return (noise.uniform(name, dist.probs.shape, dist.probs.device).to(dist.probs.dtype) < dist.probs).to(dist.probs.dtype)
+    # The uniform stays float32: rounded to bfloat16 it can be 1, and a sure coin would fall on the wrong side.
+    return (noise.uniform(name, dist.probs.shape, dist.probs.device) < dist.probs).to(dist.probs.dtype)
 
 
 @draw.register
@@ -128,7 +129,7 @@ def _(dist: Normal, value: Tensor, name: str, noise: NoiseSource) -> Tensor | No
 
 @undraw.register
 def _(dist: Bernoulli, value: Tensor, name: str, noise: NoiseSource) -> Tensor | None:
-    u = noise.uniform(name, dist.probs.shape, dist.probs.device).to(dist.probs.dtype)
+    u = noise.uniform(name, dist.probs.shape, dist.probs.device)
     return torch.where(value > 0.5, u * dist.probs, dist.probs + u * (1 - dist.probs))
 
 
