@@ -209,6 +209,10 @@ class Training(Section):
     warmup: NotNegative = Field(default=50, description="updates over which the learning rate rises from 0")
     decay: Literal["cosine", "constant"] = "cosine"
     weight_decay: NotNegative = 0.0
+    beta2: Fraction = Field(
+        default=0.95,
+        description="memory of Adam's second moment; 0.999 remembers the first updates' huge gradients for too long in a short training",
+    )
     clip: Positive | None = Field(default=None, description="largest norm of the gradient")
     ema: Fraction = Field(
         default=0.0, description="decay per update of an exponential moving average of the weights, which is what is kept; 0 is off"
@@ -289,6 +293,7 @@ class Arm(Section):
     steps: Count | None = Field(default=None, description="updates of the first phase, where this arm's differ from the recipe's")
     replay: Pattern | None = None
     share: Pattern | None = None
+    infer: bool = Field(default=True, description="whether a distilled arm's encoder is trained too")
 
     @property
     def title(self) -> str:

@@ -132,7 +132,7 @@ def updates(recipe: config.Recipe, arm: config.Arm) -> dict[str, int]:
     if arm.kind == "scratch":
         return {"scratch": arm.steps or distill.scratch.steps}
     phases = {"generate": arm.steps or distill.generate.steps}
-    return phases | ({"infer": distill.infer.steps} if distill.infer else {})
+    return phases | ({"infer": distill.infer.steps} if distill.infer and arm.infer else {})
 
 
 def _loader(images: npt.NDArray[np.uint8], device: torch.device) -> Callable[[Batch], Tensor]:
