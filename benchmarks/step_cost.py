@@ -15,9 +15,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from common import write
 from torch import Tensor
 
+from common import write
 from potstill.distill.distiller import Distiller, reached, train_only
 from potstill.distill.loop import accelerator
 from potstill.divergence import Match, total, wasserstein2
@@ -109,7 +109,8 @@ def main() -> None:
                 if i >= 10:
                     seconds[key].append(time.perf_counter() - start)
         medians = {key: statistics.median(values) for key, values in seconds.items()}
-        ratios = {key: statistics.median(a / b for a, b in zip(seconds["framework"], values, strict=True)) for key, values in seconds.items()}
+        ours = seconds["framework"]
+        ratios = {key: statistics.median(a / b for a, b in zip(ours, values, strict=True)) for key, values in seconds.items()}
         rows.append(
             {
                 "case": name,
@@ -120,7 +121,8 @@ def main() -> None:
             }
         )
         print(
-            f"{name}: framework {1e3 * medians['framework']:.2f} ms, by hand {1e3 * medians['by_hand']:.2f} ms (ratio {ratios['by_hand']:.3f}), "
+            f"{name}: framework {1e3 * medians['framework']:.2f} ms, "
+            f"by hand {1e3 * medians['by_hand']:.2f} ms (ratio {ratios['by_hand']:.3f}), "
             f"by hand with torch.randn {1e3 * medians['by_hand_randn']:.2f} ms (ratio {ratios['by_hand_randn']:.3f})"
         )
     figures = {"step_ratio": max(r["step_ratio"] for r in rows), "step_ratio_randn": max(r["step_ratio_randn"] for r in rows)}

@@ -261,6 +261,10 @@ def test_categories_come_as_often_as_they_should():
     assert ((counts - p).abs() <= 4 * (p * (1 - p) / 40000).sqrt()).all()
 
 
+def test_a_category_at_the_lowest_noise_is_the_likeliest():
+    assert draw(Categorical(logits=torch.tensor([[0.0, 1.0, 2.0]])), "y", FixedNoise({"y": torch.zeros(1, 3)})).tolist() == [2]
+
+
 def test_two_models_share_the_noise_of_a_category():
     logits = torch.randn((2000, 6), generator=torch.Generator().manual_seed(0))
     one = draw(Categorical(logits=logits), "y", Noise((6,)))

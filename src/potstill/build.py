@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -15,19 +17,57 @@ from torch import Tensor, nn
 
 from . import config, data
 from .divergence import Divergence, Match, hinton, kl, mse, reverse_kl, wasserstein2
-from .errors import BadInput
-from .evaluate.cost import parameters as parameters
-from .evaluate.features import Features, from_network, pixels
+from .errors import BadInput, Failed
 from .families.classifier import Classifier
 from .families.lvae import LVAE
 from .families.vae import VAE
 from .model import Model
 from .noise import Noise
 from .state import read_json, read_tensors, sha256
+from .trace import run
 
-ZOO = Path(__file__).parent / "zoo"
+if TYPE_CHECKING:
+    from .evaluate.features import Features
+
+PACKAGE = Path(__file__).parent
+ZOO = PACKAGE / "zoo"
 Network = LVAE | VAE | Classifier
 _NET: TypeAdapter[config.Net] = TypeAdapter(config.Net)
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong in somebody else's code, in one line, with the line of their own code that it came from."""
+    own = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if not Path(f.filename).is_relative_to(PACKAGE) and "-packages" not in f.filename
+    ]
+    where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)  # a KeyError's own text is in quotes
+    kind = "" if isinstance(error, ValueError) or (isinstance(error, KeyError) and " " in text) else f"{type(error).__name__}: "
+    return f"{kind}{(text.splitlines() or [''])[0]}{where}"
+
+
+@contextmanager
+def memory_watched() -> Iterator[None]:
+    """Turns what torch and Python raise when memory is out, on the CPU or a GPU, into one error.
+
+    Raises:
+        Failed: memory ran out in the block.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise Failed("out of memory; lower batch, or compute.workers") from None
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise Failed(f"out of memory; lower batch, or compute.workers ({str(error).splitlines()[0]})") from None
+        raise
+
+
+def parameters(net: nn.Module) -> int:
+    """Number of a network's parameters."""
+    return sum(p.numel() for p in net.parameters())
 
 
 def born(seed: int, name: str, make: Callable[[], Any]) -> Any:
@@ -54,6 +94,8 @@ def network(net: config.Net) -> Network:
                 return Classifier(net.image, net.classes, net.width)
     except ValueError as error:
         raise BadInput(str(error)) from None
+    except (RuntimeError, MemoryError, OverflowError) as error:  # it does not fit in memory, or in a tensor
+        raise BadInput(f"a {net.kind} of these numbers cannot be made: {(str(error).splitlines() or [''])[0]}") from None
 
 
 def load_weights(net: nn.Module, path: Path) -> None:
@@ -63,6 +105,11 @@ def load_weights(net: nn.Module, path: Path) -> None:
         BadInput: the file is broken, holds NaN, or is of another network.
     """
     tensors = read_tensors(path)
+    _check_weights(tensors, net, path)
+    net.load_state_dict(tensors)
+
+
+def _check_weights(tensors: dict[str, Tensor], net: nn.Module, path: Path) -> None:
     expected = net.state_dict()
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
@@ -75,9 +122,10 @@ def load_weights(net: nn.Module, path: Path) -> None:
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise BadInput(f"{path}: {name} is {tuple(tensor.shape)}, but this {type(net).__name__} has {tuple(expected[name].shape)}")
-        if not tensor.isfinite().all():
+        if tensor.is_floating_point() != expected[name].is_floating_point() or tensor.is_complex():
+            raise BadInput(f"{path}: {name} is {tensor.dtype}, but this {type(net).__name__} has {expected[name].dtype}")
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():  # 8-bit floats have no isfinite of their own
             raise BadInput(f"{path}: {name} holds NaN or infinite values")
-    net.load_state_dict(tensors)
 
 
 def locate(path: str) -> Path:
@@ -121,34 +169,54 @@ def pretrained(path: str) -> Network:
     if not isinstance(described, dict) or "family" not in described:
         raise BadInput(f"{folder / 'config.json'}: no family in it; a folder written by a potstill network's save_pretrained is expected")
     try:
-        net = network(_NET.validate_python({"kind": described["family"], **{k: v for k, v in described.items() if k != "family"}}))
+        section = _NET.validate_python({k: v for k, v in described.items() if k != "family"} | {"kind": described["family"]})
     except ValidationError as error:
-        raise BadInput(f"{folder / 'config.json'}: {error.errors()[0]['msg']}") from None
-    load_weights(net, folder / "model.safetensors")
+        wrong = error.errors()[0]
+        path_in_it = ".".join(str(part) for part in wrong["loc"][1:])
+        raise BadInput(f"{folder / 'config.json'}: {path_in_it or 'family'}: {wrong['msg']}") from None
+    weights = folder / "model.safetensors"
+    tensors = read_tensors(weights)
+    with torch.device("meta"):  # so that a description of terabytes is found out by the file, not by the memory
+        _check_weights(tensors, network(section), weights)
+    net = network(section)
+    net.load_state_dict(tensors)
     return net.eval()
+
+
+def allow(modules: Sequence[str]) -> None:
+    """Import the modules that the caller allowed, which may also register divergences and draws.
+
+    Raises:
+        BadInput: there is no such module, or importing it fails.
+    """
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except (Exception, SystemExit) as error:
+            raise BadInput(f"--import {module}: cannot be imported: {reason(error)}") from None
 
 
 def resolve(target: str, allowed: Sequence[str], **arguments: Any) -> Any:
     """Call ``module:name``, from a module that the caller allowed by name.
 
     Raises:
-        BadInput: the module was not allowed, or has no such function.
+        BadInput: the module was not allowed, or has no such function, or the function fails.
     """
     module, _, name = target.partition(":")
     if module not in allowed:
         raise BadInput(f"{target}: a recipe does not run code unless you allow its module: add --import {module}")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise BadInput(f"{target}: module {module} cannot be imported ({error})") from None
-    except AttributeError:
-        raise BadInput(f"{target}: module {module} has no {name}") from None
+    allow([module])
+    function = getattr(importlib.import_module(module), name, None)
+    if function is None:
+        raise BadInput(f"{target}: module {module} has no {name!r}")
     if not callable(function):
         raise BadInput(f"{target}: not a function")
     try:
         return function(**arguments)
-    except TypeError as error:
-        raise BadInput(f"{target}: {error}") from None
+    except BadInput:
+        raise
+    except Exception as error:
+        raise BadInput(f"{target}: {reason(error)}") from None
 
 
 def _own_model(target: str, allowed: Sequence[str], **arguments: Any) -> Model:
@@ -167,7 +235,7 @@ def teacher(section: config.Teacher, trained: Path, allowed: Sequence[str]) -> M
         allowed: modules that code may come from.
 
     Raises:
-        BadInput: it cannot be loaded, or does not generate images that are finite.
+        BadInput: it cannot be loaded, or does not generate images of its shape that are finite.
     """
     match section:
         case config.Pretrained():
@@ -178,21 +246,27 @@ def teacher(section: config.Teacher, trained: Path, allowed: Sequence[str]) -> M
             model = pretrained(str(trained)).model()
         case config.Weights():
             net = network(section.net)
-            load_weights(net, Path(section.path))
+            load_weights(net, Path(section.path).expanduser())
             model = net.model()
         case config.Python():
             model = _own_model(section.target, allowed, **section.arguments)
     model = model.frozen()
     if model.generate is None:
         raise BadInput(f"teacher: a {type(model.net).__name__} does not generate; distilling it is not supported yet")
-    with torch.no_grad():
-        try:
-            finite = bool(model.sample(2, Noise((0,))).isfinite().all())
-        except (RuntimeError, TypeError, ValueError, KeyError) as error:
-            raise BadInput(f"teacher: its generate program fails: {error}") from None
-    if not finite:
-        raise BadInput("teacher: it generates NaN or infinite pixels; look at its weights")
+    _check_images(model, "teacher")
     return model
+
+
+def _check_images(model: Model, who: str) -> None:
+    try:
+        with torch.no_grad():
+            x = run(model.program("generate"), noise=Noise((0,)), n=2, device=model.device).out.dist.mean
+    except Exception as error:
+        raise BadInput(f"{who}: its generate program fails: {reason(error)}") from None
+    if tuple(x.shape) != (2, *model.images.shape):
+        raise BadInput(f"{who}: for 2 images of {tuple(model.images.shape)} it generates {tuple(x.shape)}")
+    if not x.isfinite().all():
+        raise BadInput(f"{who}: it generates NaN or infinite pixels; look at its weights")
 
 
 def width_for(net: Network, ratio: float) -> int:
@@ -229,8 +303,8 @@ def student(section: config.Student, of: Model, seed: int, allowed: Sequence[str
         if width > net.width:
             raise BadInput(f"student: width {width} is wider than the teacher's {net.width}")
         model = born(seed, "student", lambda: net.shrunk(width)).model()
-    if model.images.shape != of.images.shape:
-        raise BadInput(f"student: makes images of {model.images.shape}, the teacher of {of.images.shape}")
+    if tuple(model.images.shape) != tuple(of.images.shape):
+        raise BadInput(f"student: makes images of {tuple(model.images.shape)}, the teacher of {tuple(of.images.shape)}")
     return model
 
 
@@ -258,6 +332,17 @@ class FeatureSource:
     features: Features
     digest: str
 
+    def of(self, images: Tensor) -> Any:
+        """The features of images ``(n, C, H, W)``, ``(n, d)`` float32.
+
+        Raises:
+            BadInput: the network behind them fails, or gives something else.
+        """
+        try:
+            return self.features(images)
+        except Exception as error:
+            raise BadInput(f"evaluate.features: {reason(error)}") from None
+
 
 def features(text: str, device: torch.device, allowed: Sequence[str], batch: int, shape: tuple[int, int, int]) -> FeatureSource:
     """The features that a recipe names.
@@ -273,6 +358,8 @@ def features(text: str, device: torch.device, allowed: Sequence[str], batch: int
     Raises:
         BadInput: anything else, or a classifier of other images.
     """
+    from .evaluate.features import from_network, pixels  # late, for it brings scipy, which a training does not need
+
     kind, _, rest = text.partition(":")
     if text == "pixels":
         return FeatureSource(pixels(), "pixels")
@@ -318,5 +405,10 @@ def rules(section: Sequence[config.Rule]) -> tuple[Match, ...]:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPU cores that this process may use: those it is bound to, or its container's share of them where that is less."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            count = min(count, max(1, int(quota) // int(period)))
+    return count

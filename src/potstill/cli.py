@@ -6,13 +6,17 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from . import __version__
 from .errors import BadInput, Failed
+from .worker import INTERRUPTED
 
 STAGES = {
     "train": "train a teacher or a feature network on real data (the data owner's side)",
@@ -60,7 +64,8 @@ def _run(arguments: argparse.Namespace) -> None:
     path = DEMO if arguments.command == "demo" else arguments.recipe
     recipe = config.read(path, arguments.overrides)
     folder = arguments.out or Path("runs") / recipe.name
-    sys.path.insert(0, os.getcwd())  # a module that --import allows is looked for here, as python -m does
+    if arguments.modules:
+        sys.path.insert(0, os.getcwd())  # where an allowed module is looked for first, as python -m does
     from . import pipeline
     from .report.tables import text_table, verdict
 
@@ -107,28 +112,70 @@ def _schema() -> None:
     print(json.dumps(Recipe.model_json_schema(), indent=1))
 
 
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes positional arguments in one stretch; overrides may also stand after an option.
+    unknown = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(arguments, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
+
+
+@contextmanager
+def _terminated() -> Iterator[None]:
+    """SIGTERM interrupts as Ctrl-C does, so that workers are stopped and the command to go on is shown."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+
+
+def _complain(text: str) -> None:
+    for line in text.splitlines() or [""]:
+        print(f"potstill: {line}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = _arguments(argv)
     try:
-        match arguments.command:
-            case "schema":
-                _schema()
-            case "zoo":
-                _zoo()
-            case "doctor":
-                _doctor()
-            case _:
-                _run(arguments)
+        with _terminated():
+            match arguments.command:
+                case "schema":
+                    _schema()
+                case "zoo":
+                    _zoo()
+                case "doctor":
+                    _doctor()
+                case _:
+                    _run(arguments)
+            sys.stdout.flush()
     except BadInput as error:
-        print(f"potstill: {error}", file=sys.stderr)
+        _complain(str(error))
         return 2
     except KeyboardInterrupt:
         again = shlex.join(["potstill", *(sys.argv[1:] if argv is None else argv)])
-        print(f"potstill: interrupted; go on with: {again}", file=sys.stderr)
-        return 130
-    except (Failed, OSError) as error:
-        print(f"potstill: {error}", file=sys.stderr)
+        _complain(f"interrupted; go on with: {again}")
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read the output, such as head, has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it flushes at exit
+        return 1
+    except OSError as error:
+        _complain(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+        return 1
+    except Failed as error:
+        _complain(str(error))
         return 1
     return 0
 

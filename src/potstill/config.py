@@ -20,6 +20,11 @@ MAX_RECIPE_BYTES = 1 << 20
 MAX_RECIPE_DEPTH = 32
 
 
+def _shown(text: str) -> str:
+    """The text with what a terminal would act on written out: what is in a recipe gets into messages."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 class Section(BaseModel):
     """Every part of a recipe: unknown keys are errors, values do not change."""
 
@@ -241,7 +246,7 @@ class Ancestral(Section):
     """Images from the teacher's own prior."""
 
     kind: Literal["ancestral"] = "ancestral"
-    n: Count = Field(default=4096, description="images")
+    n: Annotated[int, Field(ge=2, lt=2**31), _NUMERIC] = Field(default=4096, description="images")
     batch: Count = 256
     shard: Count = Field(default=4096, description="images in a file")
     observe: Literal["mean", "sample"] = Field(default="mean", description="the mean of the output's conditional, or a draw from it")
@@ -452,7 +457,8 @@ def _parse(text: str, source: str) -> Any:
             if isinstance(event, yaml.AliasEvent):
                 raise RecipeError(f"line {event.start_mark.line + 1}: aliases are not allowed; write the value out")
             if getattr(event, "tag", None) is not None:
-                raise RecipeError(f"line {event.start_mark.line + 1}: tags such as {event.tag} are not allowed; write the value plainly")
+                tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+                raise RecipeError(f"line {event.start_mark.line + 1}: tags such as {tag} are not allowed; write the value plainly")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_RECIPE_DEPTH:
                 raise RecipeError(f"line {event.start_mark.line + 1}: nested more than {MAX_RECIPE_DEPTH} deep")
@@ -461,9 +467,9 @@ def _parse(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RecipeError(f"{source}: {where}not YAML: {problem}") from None
+        raise RecipeError(_shown(f"{source}: {where}not YAML: {problem}")) from None
     except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{source}: {error}") from None
+        raise RecipeError(_shown(f"{source}: {error}")) from None
 
 
 def _override(tree: dict[Any, Any], assignment: str) -> None:
@@ -483,9 +489,7 @@ def _override(tree: dict[Any, Any], assignment: str) -> None:
             at = at[key]
         elif isinstance(at, list):
             if not (key.isascii() and key.isdigit()) or int(key) >= len(at):
-                raise RecipeError(
-                    f"{assignment}: {'.'.join(keys[:i])} is a list of {len(at)}; an index from 0 to {len(at) - 1} is expected"
-                )
+                raise RecipeError(f"{assignment}: {'.'.join(keys[:i])} is a list of {len(at)}; an index below that is expected")
             if last:
                 at[int(key)] = value
             at = at[int(key)]
@@ -543,7 +547,7 @@ def _dotted(location: Sequence[int | str]) -> str:
     tags |= {"pretrained", "trained", "weights", "python"}
     before = ["", *location]
     parts = [str(p) for p, parent in zip(location, before, strict=False) if not (parent in unions and p in tags)]
-    return ".".join(part if part.isprintable() else repr(part) for part in parts)
+    return ".".join(parts)
 
 
 def check(tree: Any) -> Recipe:
@@ -557,7 +561,7 @@ def check(tree: Any) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError("\n".join(_problem(e) for e in error.errors())) from None
+        raise RecipeError(_shown("\n".join(map(_problem, error.errors())))) from None
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

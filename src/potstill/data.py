@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +24,12 @@ if TYPE_CHECKING:
 
 Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
+Classes = list[str]
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 MAX_PIXELS = 4096 * 4096
+# What Pillow turns into 8-bit gray or color without losing range: 16-bit images would be clipped to white.
+_CONVERTIBLE = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def decode(data: bytes, where: str, mode: str | None = None, size: int | None = 
 
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's advice on palettes and broken metadata is not for the user
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "BMP")) as image:
                 if image.width * image.height > MAX_PIXELS:
@@ -80,15 +84,19 @@ def decode(data: bytes, where: str, mode: str | None = None, size: int | None = 
                 return _pixels(image, where, mode, size)
     except BadInput:
         raise
-    except (UnidentifiedImageError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise BadInput(f"{where}: not an image that can be read ({error})") from None
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise BadInput(f"{where}: not an image that is read ({error})") from None
+    except UnidentifiedImageError:
+        raise BadInput(f"{where}: not a png, jpg, webp or bmp image") from None
+    except Exception as error:  # Pillow's decoders raise whatever the bytes provoke: OSError, SyntaxError, struct.error, ...
         raise BadInput(f"{where}: corrupt image ({error})") from None
 
 
 def _pixels(image: Image, where: str, mode: str | None, size: int | None) -> npt.NDArray[np.uint8]:
     if mode is None and image.mode not in ("L", "RGB"):
         raise BadInput(f"{where}: mode {image.mode}; L (gray) or RGB is expected. Set data.mode to convert")
+    if image.mode not in _CONVERTIBLE:
+        raise BadInput(f"{where}: mode {image.mode}; convert it to 8 bits a channel first")
     if mode is not None and image.mode != mode:
         image = image.convert(mode)
     if size is not None and image.size != (size, size):
@@ -119,17 +127,35 @@ def _size(image: npt.NDArray[np.uint8]) -> str:
     return f"{width}x{height} {'gray' if channels == 1 else 'color'}"
 
 
-def _read_folder(path: Path, data: FileData) -> Split:
+def _read_folder(path: Path, data: FileData) -> tuple[Pixels, Classes | None]:
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    images = _stack(((str(p), decode(p.read_bytes(), str(p), data.mode, data.size)) for p in files), str(path))
+    images = _stack(((str(p), decode(_bytes(p), str(p), data.mode, data.size)) for p in files), str(path))
     parents = [p.parent.relative_to(path).as_posix() for p in files]
-    names = sorted(set(parents))
-    # One subfolder per class, as torchvision's ImageFolder has it; labels are then the names' order, and nothing else is read from it.
-    labels = np.array([names.index(p) for p in parents]) if len(names) > 1 and "." not in names else None
-    return Split(images, labels)
+    return images, parents if len(set(parents)) > 1 and "." not in parents else None  # one subfolder per class
 
 
-def _read_parquet(path: Path, data: FileData) -> Split:
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _numbered(classes: list[Classes | None], paths: Sequence[Path]) -> list[Labels | None]:
+    """Labels from the names of subfolders, which mean the same in the training and the held-out folder.
+
+    A name that is a number is the label itself, so that 10 does not come before 2; others count in the order of their names.
+    """
+    names = sorted(set(classes[0] or ()))
+    numeric = all(name.isascii() and name.isdigit() and len(name) < 10 for name in names)
+    known = {name: int(name) if numeric else i for i, name in enumerate(names)}
+    for found, path in zip(classes, paths, strict=True):
+        if unknown := sorted(set(found or ()) - known.keys()):
+            raise BadInput(f"{path}: class folder {unknown[0]}, which {paths[0]} has not")
+    return [None if found is None else np.array([known[name] for name in found], dtype=np.int64) for found in classes]
+
+
+def _read_parquet(path: Path, data: FileData) -> tuple[Pixels, Labels | None]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -137,49 +163,81 @@ def _read_parquet(path: Path, data: FileData) -> Split:
     if not files:
         raise BadInput(f"{path}: no parquet files in it")
     items: list[tuple[str, npt.NDArray[np.uint8]]] = []
-    labels: list[int] = []
-    labeled = True
+    labels: list[Labels | None] = []
     for file in files:
         try:
             names = pq.read_schema(file).names
             column = _choose(names, data.image, ("image", "img", "images"), file, "image")
-            label = data.label or next((n for n in ("label", "labels") if n in names), None)
+            label = _choose(names, data.label, ("label", "labels"), file, "label", needed=data.label is not None)
             table = pq.read_table(file, columns=[column, *([label] if label else [])])
-        except (pa.ArrowException, KeyError, OSError) as error:
-            raise BadInput(f"{file}: not a parquet file that can be read ({error})") from None
-        for row, cell in enumerate(table[column].to_pylist()):
+            cells, values = table[column].to_pylist(), table[label].to_pylist() if label else None
+        except BadInput:
+            raise
+        except (pa.ArrowException, KeyError, ValueError, OSError) as error:
+            raise BadInput(f"{file}: not a parquet file that can be read ({_first_line(error)})") from None
+        for row, cell in enumerate(cells):
             content = cell.get("bytes") if isinstance(cell, dict) else cell
             if not isinstance(content, bytes):
                 raise BadInput(f"{file}: column {column!r}, row {row}: encoded image bytes are expected, found {type(content).__name__}")
             where = f"{file}, row {row}"
             items.append((where, decode(content, where, data.mode, data.size)))
-        values = [v for v in table[label].to_pylist() if isinstance(v, int)] if label else []
-        labeled = labeled and len(values) == len(table)
-        labels += values
-    return Split(_stack(items, str(path)), np.array(labels, dtype=np.int64) if labeled else None)
+        wanted = f"{file}: column {label!r}"
+        labels.append(_labels(values, len(cells), wanted) if label and (data.label or _whole(values)) else None)
+    images = _stack(items, str(path))
+    found = [part for part in labels if part is not None]
+    return images, np.concatenate(found) if len(found) == len(labels) else None
 
 
-def _choose(names: list[str], wanted: str | None, usual: tuple[str, ...], path: Path, what: str) -> str:
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _whole(values: Any) -> bool:
+    return np.issubdtype(np.asarray(values).dtype, np.integer)
+
+
+def _labels(values: Any, images: int, where: str) -> Labels:
+    array = np.asarray(values)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise BadInput(f"{where}: one whole number per image is expected, found {array.dtype} of shape {array.shape}")
+    if len(array) != images:
+        raise BadInput(f"{where}: {len(array)} labels for {images} images")
+    if images and array.min() < 0:
+        raise BadInput(f"{where}: label {array.min()}; labels count from 0")
+    return array.astype(np.int64)
+
+
+def _choose(names: list[str], wanted: str | None, usual: tuple[str, ...], path: Path, what: str, needed: bool = True) -> str | None:
     if wanted is not None and wanted in names:
         return wanted
     found = next((n for n in usual if n in names), None) if wanted is None else None
-    if found is None:
-        raise BadInput(f"{path}: no {what} column {wanted or ' or '.join(usual)}; it has {', '.join(names)}. Set data.{what}")
+    if found is None and needed:
+        raise BadInput(f"{path}: no {what} column {wanted or ' or '.join(usual)}; it has {', '.join(names) or 'none'}. Set data.{what}")
     return found
 
 
-def _read_npz(path: Path, data: FileData) -> Split:
+def _read_npz(path: Path, data: FileData) -> tuple[Pixels, Labels | None]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             names = list(archive.files)
-            images = archive[_choose(names, data.image, ("image", "images", "img", "x", "arr_0"), path, "image")]
-            label = data.label or next((n for n in ("label", "labels", "y") if n in names), None)
-            labels = np.asarray(archive[label]).astype(np.int64) if label else None
+            column = _choose(names, data.image, ("image", "images", "img", "x", "arr_0"), path, "image")
+            label = _choose(names, data.label, ("label", "labels", "y"), path, "label", needed=data.label is not None)
+            images, values = np.asarray(archive[column]), archive[label] if label else None
     except BadInput:
         raise
     except Exception as error:  # numpy raises whatever the zip, the header or the pickle inside provokes
-        raise BadInput(f"{path}: not an npz file of plain arrays ({error})") from None
-    return Split(quantized(np.asarray(images), str(path)), labels)
+        raise BadInput(f"{path}: not an npz file of plain arrays ({_first_line(error)})") from None
+    pixels = quantized(images, str(path))
+    if data.mode is not None or data.size is not None:
+        pixels = _stack(((str(path), _converted(image, str(path), data.mode, data.size)) for image in pixels), str(path))
+    labeled = label and (data.label or _whole(values))
+    return pixels, _labels(values, len(pixels), f"{path}: array {label!r}") if labeled else None
+
+
+def _converted(pixels: npt.NDArray[np.uint8], where: str, mode: str | None, size: int | None) -> npt.NDArray[np.uint8]:
+    from PIL import Image
+
+    return _pixels(Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)), where, mode, size)
 
 
 def quantized(images: npt.NDArray[Any], where: str) -> Pixels:
@@ -192,7 +250,7 @@ def quantized(images: npt.NDArray[Any], where: str) -> Pixels:
         images = images[:, None]
     elif images.ndim == 4 and images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
         images = images.transpose(0, 3, 1, 2)
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.size:
         raise BadInput(f"{where}: images of shape {images.shape}; (n, C, H, W) or (n, H, W, C) with 1 or 3 channels is expected")
     if images.dtype == np.uint8:
         return np.ascontiguousarray(images)
@@ -233,21 +291,25 @@ def load(data: DigitsData | FileData) -> Dataset:
     """
     if isinstance(data, DigitsData):
         return _digits(data)
-    read = {"folder": _read_folder, "parquet": _read_parquet, "npz": _read_npz}[data.kind]
-    paths = [Path(p) for p in (data.path, data.test_path) if p is not None]
+    paths = [Path(p).expanduser() for p in (data.path, data.test_path) if p is not None]
     for path in paths:
         if not path.exists():
             raise BadInput(f"{path}: no such file or folder")
         if data.kind == "folder" and not path.is_dir():
             raise BadInput(f"{path}: a folder of images is expected")
-    splits = [read(path, data) for path in paths]
-    for path, split in zip(paths, splits, strict=True):
-        if split.labels is not None and len(split.labels) != len(split.images):
-            raise BadInput(f"{path}: {len(split.images)} images but {len(split.labels)} labels")
+    if data.kind == "folder":
+        images, classes = zip(*(_read_folder(path, data) for path in paths), strict=True)
+        splits = [Split(*pair) for pair in zip(images, _numbered(list(classes), paths), strict=True)]
+    else:
+        read = _read_parquet if data.kind == "parquet" else _read_npz
+        splits = [Split(*read(path, data)) for path in paths]
     if len(splits) == 2:
         train, test = splits
         if train.images.shape[1:] != test.images.shape[1:]:
             raise BadInput(f"{paths[1]}: {_size(test.images[0])}, but {paths[0]} is {_size(train.images[0])}")
+        if (train.labels is None) != (test.labels is None):
+            with_labels, without = (paths[0], paths[1]) if test.labels is None else (paths[1], paths[0])
+            raise BadInput(f"{without}: has no labels, but {with_labels} has")
         return Dataset(paths[0].name, train, test)
     (whole,) = splits
     n = len(whole.images)

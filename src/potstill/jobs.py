@@ -6,26 +6,34 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from accelerate import Accelerator
+from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError
 from torch import Tensor
 
 from . import build, config
 from .data import Dataset
 from .distill.distiller import Classification, Distiller, Elbo, reached, train_only
 from .distill.loop import Batch, Log, Phase, fit
-from .errors import BadInput
+from .divergence import total
+from .errors import BadInput, BrokenFile, Locked
 from .families.classifier import Classifier
 from .model import Model
 from .noise import Noise
-from .state import States, publish, read_json, sha256, write_json
+from .state import States, lock, os_error, publish, read_json, save_tensors, sha256, write_json
 from .synthesize import surrogate
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# Longer than a killed run's worker needs to finish its update and notice that its parent is gone.
+PATIENCE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -91,9 +99,13 @@ class Workshop:
 
     def student(self, seed: int) -> Model:
         """A fresh student."""
+        return self.student_of(self.teacher, seed)
+
+    def student_of(self, teacher: Model, seed: int) -> Model:
+        """A fresh student of that teacher."""
         if self.recipe.student is None:
             raise BadInput("the recipe names no student")
-        model = build.student(self.recipe.student, self.teacher, seed, self.allowed)
+        model = build.student(self.recipe.student, teacher, seed, self.allowed)
         model.net.to(self.device, memory_format=torch.channels_last)  # convolutions run up to twice as fast
         return model
 
@@ -119,11 +131,20 @@ def student_folder(run: Path, job: Job) -> Path:
     return run / "students" / job.name
 
 
-def is_done(run: Path, job: Job, identity: str) -> bool:
-    """Whether the student is whole and was made from the same inputs."""
+def states_of(run: Path) -> Path:
+    """The folder of the students' saved states and locks, of which nothing is needed when all of them are done."""
+    return run / "state" / "students"
+
+
+def is_done(run: Path, job: Job, identity: str | None = None) -> bool:
+    """Whether the student is whole, and, where an identity is given, was made from those inputs."""
     folder = student_folder(run, job)
-    marker = folder / "job.json"
-    return marker.exists() and read_json(marker).get("identity") == identity and (folder / "model.safetensors").exists()
+    try:
+        marker = read_json(folder / "job.json")
+        whole = bool(marker["sha256"] == sha256(folder / "model.safetensors"))
+        return whole and identity in (None, marker["identity"])
+    except (BrokenFile, OSError, KeyError, TypeError):
+        return False
 
 
 def updates(recipe: config.Recipe, arm: config.Arm) -> dict[str, int]:
@@ -150,9 +171,56 @@ def _beta(training: config.Scratch | config.Train, step: int) -> float:
     return min(1.0, (step + 1) / training.beta_warmup) if training.beta_warmup else 1.0
 
 
+def _objective(distill: config.Distill, arm: config.Arm, name: str, teacher: Model, student: Model) -> Distiller:
+    """What the phase of that name trains."""
+    if name == "generate":
+        generate = distill.generate
+        replay = arm.replay if arm.replay is not None else generate.replay
+        share = arm.share if arm.share is not None else generate.share
+        return Distiller(teacher, student, build.rules(generate.rules), "generate", replay, share)
+    infer = distill.infer or config.Encoder()
+    return Distiller(teacher, student, build.rules(infer.rules), "infer", infer.replay, elbo=infer.elbo)
+
+
+def _learns(student: Model, name: str) -> set[str]:
+    """Names of the parameters that the phase of that name trains: the generator's, or those that only inference uses."""
+    generator = reached(student, "generate")
+    return generator if name == "generate" else reached(student, "infer") - generator
+
+
+def rehearse(shop: Workshop, teacher: Model) -> None:
+    """Run every phase of every arm once, on two samples and a student that is thrown away.
+
+    Raises:
+        BadInput: a rule matches nothing, a program fails, teacher and student do not fit together.
+    """
+    distill = shop.recipe.distill or config.Distill()
+    student = shop.student_of(teacher, 0)
+    noise, gray = Noise((0, "rehearsal")), torch.full((2, *teacher.images.shape), 0.5, device=shop.device)
+    for arm in shop.recipe.arms:
+        for name in updates(shop.recipe, arm):
+            try:
+                if name == "scratch":
+                    losses, learns = Elbo(student)(noise, gray), {n for n, _ in student.net.named_parameters()}
+                else:
+                    images = None if arm.kind == "data_free" and name == "generate" else gray
+                    losses = _objective(distill, arm, name, teacher, student)(noise, images, 2)
+                    learns = _learns(student, name)
+                shape = tuple(total(losses).shape) if losses else None
+            except BadInput:
+                raise
+            except Exception as error:
+                raise BadInput(f"arm {arm.title}, {name}: {build.reason(error)}") from None
+            if shape != (2,):
+                what = "no rule has a weight, so there is no loss" if shape is None else f"losses of 2 samples are {shape}"
+                raise BadInput(f"arm {arm.title}, {name}: {what}")
+            if not learns:
+                own = " of its own" if name == "infer" else ""
+                raise BadInput(f"arm {arm.title}, {name}: the student's {name} program has no parameters{own} to train")
+
+
 def _distilled(shop: Workshop, job: Job, student: Model, distill: config.Distill) -> Callable[[str], Phase]:
     arm, teacher = job.arm, shop.teacher
-    generator = reached(student, "generate")
     images = {
         "generate": shop.real.train.images if arm.kind == "with_data" else None,
         "infer": shop.real.train.images if arm.kind == "with_data" else (shop.surrogate if distill.infer else None),
@@ -161,24 +229,17 @@ def _distilled(shop: Workshop, job: Job, student: Model, distill: config.Distill
     def phase(name: str) -> Phase:
         pool = images[name]
         load = None if pool is None else _loader(pool, shop.device)
+        section = distill.generate if name == "generate" else (distill.infer or config.Encoder())
         if name == "generate":
-            section: config.Generator | config.Encoder = distill.generate
             section = section.model_copy(update={"steps": arm.steps or section.steps})
-            replay = arm.replay if arm.replay is not None else section.replay
-            share = arm.share if arm.share is not None else distill.generate.share
-            objective = Distiller(teacher, student, build.rules(section.rules), "generate", replay, share)
-            learns = generator
-        else:
-            assert distill.infer is not None  # the phase is named only where the section is there
-            section = distill.infer
-            objective = Distiller(teacher, student, build.rules(section.rules), "infer", section.replay, elbo=section.elbo)
-            learns = reached(student, "infer") - generator
 
         def loss(module: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
             losses: dict[str, Tensor] = module(batch.noise, load(batch) if load else None, batch.n)
             return losses
 
-        return Phase(name, objective, loss, train_only(student.net, learns), section, 0 if pool is None else len(pool))
+        objective = _objective(distill, arm, name, teacher, student)
+        learns = train_only(student.net, _learns(student, name))
+        return Phase(name, objective, loss, learns, section, 0 if pool is None else len(pool))
 
     return phase
 
@@ -224,7 +285,7 @@ def make_student(
         phases = _from_scratch(shop, student, section, "scratch")
     else:
         phases = _distilled(shop, job, student, distill)
-    states = States(shop.folder / "state" / job.name)
+    states = States(states_of(shop.folder) / job.name)
     folder = student_folder(shop.folder, job)
     counts = updates(recipe, job.arm)
     fit(
@@ -246,6 +307,36 @@ def make_student(
         states.clear()
 
 
+def make_students(
+    shop: Workshop,
+    identity: str,
+    engine: Accelerator,
+    *,
+    keep_going: Callable[[], bool],
+    told: Callable[[Job, dict[str, Any]], None] | None = None,
+) -> None:
+    """Train every student that is not done and that no other process is at.
+
+    Raises:
+        BadInput: a training went wrong; it names the student.
+    """
+    for patience in (0.0, PATIENCE_SECONDS):
+        for job in jobs(shop.recipe):
+            if is_done(shop.folder, job, identity):
+                continue
+            if not keep_going():
+                raise KeyboardInterrupt
+            path = states_of(shop.folder) / f"{job.name}.lock"
+            try:
+                with lock(path, patience, str(shop.folder), keep_going), build.memory_watched():
+                    if not is_done(shop.folder, job, identity):
+                        make_student(shop, job, identity, engine, keep_going=keep_going, told=partial(told, job) if told else None)
+            except Locked:
+                continue
+            except BadInput as error:
+                raise BadInput(f"{job.name}: {error}") from None
+
+
 def make_teacher(
     shop: Workshop,
     engine: Accelerator,
@@ -253,7 +344,7 @@ def make_teacher(
     keep_going: Callable[[], bool] = lambda: True,
     told: Callable[[dict[str, Any]], None] | None = None,
 ) -> Model:
-    """Train what the recipe's ``train`` section describes, and write it to ``teacher``."""
+    """Train what the recipe's ``train`` section describes, and write it to ``teacher``. The saved state stays, for the caller to clear."""
     recipe = shop.recipe
     section = recipe.train
     if section is None:
@@ -275,22 +366,22 @@ def make_teacher(
     )
     if engine.is_main_process:
         save_network(model, shop.folder / "teacher", teacher_card(recipe, shop.real.name, build.parameters(model.net)))
-        states.clear()
     return model
 
 
 def save_network(model: Model, folder: Path, card: str) -> None:
     """Write a network as ``save_pretrained`` does, with a model card, each file whole or not at all, the weights last."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving.", suffix=".tmp") as temporary:
         target = Path(temporary)
         (target / "README.md").write_text(card, encoding="utf-8")
-        if hasattr(model.net, "save_pretrained"):
-            model.net.save_pretrained(target)
+        if isinstance(model.net, PyTorchModelHubMixin):
+            try:
+                model.net.save_pretrained(target)
+            except SafetensorError as error:
+                raise os_error(error, folder / "model.safetensors") from None
         else:
-            from safetensors.torch import save_model
-
-            save_model(model.net, str(target / "model.safetensors"))
+            save_tensors(model.net.state_dict(), target / "model.safetensors")
         for name in ("README.md", "config.json", "model.safetensors"):
             if (target / name).exists():
                 publish(target / name, folder / name)

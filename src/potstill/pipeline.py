@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,16 +25,30 @@ import torch
 from . import __version__, build, config
 from .data import Dataset
 from .distill.loop import accelerator, threads
-from .errors import BadInput, Failed, Refused
+from .errors import BadInput, BrokenFile, Failed, Refused
 from .evaluate.arms import cost, over_seeds, quality, reconstructions, samples
 from .evaluate.cost import file_mib
-from .jobs import Job, Workshop, is_done, jobs, make_student, make_teacher, save_network, student_card, student_folder, updates
+from .jobs import (
+    Job,
+    Workshop,
+    is_done,
+    jobs,
+    make_students,
+    make_teacher,
+    rehearse,
+    save_network,
+    states_of,
+    student_card,
+    student_folder,
+    updates,
+)
 from .model import Model
 from .noise import Noise
 from .progress import Board, LogTail
-from .state import fingerprint, lock, read_json, replacing, sha256, write_json, write_text
+from .state import fingerprint, lock, plain_tensors, read_json, replacing, sha256, sweep, write_json, write_text
 from .synthesize import surrogate
 from .synthesize.ancestral import Ancestral
+from .worker import INTERRUPTED, stoppable, verdict
 
 STAGES = ("train", "synthesize", "distill", "evaluate", "report")
 _SECTION = {"train": "train", "synthesize": "surrogate", "distill": "distill", "evaluate": "evaluate", "report": "report"}
@@ -72,51 +89,135 @@ class Run:
     # -------------------------------------------------------------- before anything is written
 
     def check(self, stages: tuple[str, ...]) -> None:
-        """Load what the stages need and see that it fits together.
+        """Load what the stages need and see that it fits together, and that the folder holds nothing else.
 
         Raises:
             BadInput: it does not.
         """
-        recipe = self.recipe
         for stage in stages:
             self._section(stage)
+        self.check_folder()
+        build.allow(self.allowed)
         _ = self.shop.device
         if "train" in stages:
-            assert recipe.train is not None
-            images = self.shop.real.train
-            if isinstance(recipe.train.model, config.ClassifierNet) and images.labels is None:
+            self._check_train()
+        if set(stages) & {"synthesize", "distill", "evaluate"}:
+            teacher = self._teacher_to_be(stages)
+            if {"distill", "evaluate"} & set(stages):
+                self._check_data()
+            if "distill" in stages:
+                if "synthesize" not in stages and self._images_needed and not (self.folder / "surrogate" / "manifest.json").exists():
+                    raise BadInput("distill: no surrogate yet; run the synthesize stage first")
+                rehearse(self.shop, teacher)
+            if "evaluate" in stages:
+                if "distill" not in stages and not all(is_done(self.folder, job) for job in jobs(self.recipe)):
+                    raise BadInput("evaluate: not every student is trained yet; run the distill stage first")
+                self._check_evaluate()
+        if stages == ("report",) and not (self.folder / "metrics.json").exists():
+            raise BadInput("report: nothing measured yet; run the evaluate stage first")
+
+    def check_folder(self) -> None:
+        """See that no stage was begun in the folder from another recipe.
+
+        Raises:
+            Refused: one was.
+        """
+        folder = self.folder
+        if folder.exists() and not folder.is_dir():
+            raise BadInput(f"{folder}: a folder for the run is expected; it is a file")
+        begun = {stage: folder / stage / "begun.json" for stage in STAGES if (folder / stage / "begun.json").exists()}
+        if (folder / "recipe.yaml").exists() and not begun and not (folder / "state" / "run.lock").exists():
+            raise Refused(f"{folder}: holds a recipe.yaml that is not of a run; nothing is overwritten: choose another --out")
+        for stage, path in begun.items():
+            now = _plain(self._reads(stage))
+            before = _depends_of(path)
+            if differences := _differences({k: before.get(k) for k in now}, now):
+                raise Refused(_refusal(folder, stage, differences))
+
+    def _reads(self, stage: str) -> dict[str, Any]:
+        """What of the recipe a stage depends on."""
+        r = self.recipe
+        match stage:
+            case "train":
+                return {"train": r.train, "data": r.data, "seed": r.seed}
+            case "synthesize":
+                return {"surrogate": r.surrogate, "seed": r.seed, "teacher": r.teacher}
+            case "distill":
+                distill = {
+                    "distill": r.distill,
+                    "student": r.student,
+                    "arms": r.arms,
+                    "seeds": r.seeds,
+                    "seed": r.seed,
+                    "teacher": r.teacher,
+                }
+                return distill | ({"data": r.data} if self._data_needed else {})
+            case "evaluate":
+                images = r.report.images if r.report else config.Report().images
+                return {"evaluate": r.evaluate, "images": images, "data": r.data, "seed": r.seed, "teacher": r.teacher}
+            case _:
+                return {"report": r.report}
+
+    @property
+    def _data_needed(self) -> bool:
+        """Whether distill trains on real images."""
+        return any(arm.kind != "data_free" for arm in self.recipe.arms)
+
+    @property
+    def _images_needed(self) -> bool:
+        """Whether distill trains on surrogate images."""
+        distill = self.recipe.distill
+        return distill is not None and distill.infer is not None and any(arm.kind == "data_free" for arm in self.recipe.arms)
+
+    def _teacher_to_be(self, stages: tuple[str, ...]) -> Model:
+        """The teacher, or one of the same shape with fresh weights where it is still to be trained."""
+        recipe = self.recipe
+        trained = self._is_done("train") and (self.folder / "teacher" / "model.safetensors").exists()
+        if not isinstance(recipe.teacher, config.Trained) or "train" not in stages or trained:
+            return self.shop.teacher
+        assert recipe.train is not None  # the recipe's own check
+        section = recipe.train.model
+        model: Model = build.born(0, "stand-in", lambda: build.network(section)).model().frozen()
+        model.net.to(self.shop.device)
+        return model
+
+    def _check_train(self) -> None:
+        section = self._section("train")
+        images = self.shop.real.train
+        if isinstance(section.model, config.ClassifierNet):
+            if images.labels is None:
                 raise BadInput("data: has no labels, which a classifier needs")
-            if (
-                isinstance(recipe.train.model, config.ClassifierNet)
-                and images.labels is not None
-                and images.labels.max() >= recipe.train.model.classes
-            ):
-                raise BadInput(f"data: label {images.labels.max()}, but train.model.classes is {recipe.train.model.classes}")
-            with torch.device("meta"):
-                build.network(recipe.train.model)
-        to_come = "train" in stages and isinstance(recipe.teacher, config.Trained) and not self._is_done("train")
-        if recipe.teacher and not to_come and set(stages) - {"train"}:
-            teacher = self.shop.teacher
-            if recipe.student:
-                build.student(recipe.student, teacher, 0, self.allowed)
-            if any(arm.kind != "scratch" for arm in recipe.arms) and recipe.distill and recipe.distill.infer and teacher.infer is None:
-                raise BadInput("distill.infer: the teacher does not infer; set infer: null")
-        if {"distill", "evaluate"} & set(stages):
-            _ = self.shop.data
-        if "evaluate" in stages:
-            _ = self.features
+            if images.labels.max() >= section.model.classes:
+                raise BadInput(f"data: label {images.labels.max()}, but train.model.classes is {section.model.classes}")
+        with torch.device("meta"):
+            build.network(section.model)
+        if len(images.images) < 2:
+            raise BadInput("data: one training image; BatchNorm needs two")
+
+    def _check_data(self) -> None:
+        data = self.shop.data
+        if data is not None and self._data_needed and len(data.train.images) < 2:
+            raise BadInput("data: one training image; BatchNorm needs two")
+
+    def _check_evaluate(self) -> None:
+        section, test = self._section("evaluate"), self.shop.real.test.images
+        if section.n is not None and section.n > len(test):
+            raise BadInput(f"evaluate.n: {section.n} images, but {len(test)} are held out; lower it, or leave it out to use all")
+        if (section.n or len(test)) <= section.k:
+            raise BadInput(f"evaluate.k: {section.k} neighbors, but {section.n or len(test)} held-out images")
+        self.features.of(torch.from_numpy(test[:2]).float() / 255)
 
     # -------------------------------------------------------------- the stages
 
     def train(self) -> None:
         """A teacher or a feature network from real data."""
-        section = self._section("train")
-        depends = {"train": section, "data": self.recipe.data, "seed": self.recipe.seed, "pixels": self.shop.real.train.digest()}
-        with self._stage("train", depends) as work:
+        depends = self._reads("train") | {"pixels": self.shop.real.train.digest()}
+        with self._stage("train", depends, [self.folder / "teacher" / n for n in ("config.json", "model.safetensors")]) as work:
             if not work:
                 return
-            with threads(self.recipe.compute.threads):
-                model = make_teacher(self.shop, accelerator(str(self.shop.device)), told=partial(self.board.training, "train"))
+            with threads(self.recipe.compute.threads), stoppable() as keep_going:
+                engine = accelerator(str(self.shop.device))
+                model = make_teacher(self.shop, engine, keep_going=keep_going, told=partial(self.board.training, "train"))
             test = self.shop.real.test
             if model.generate is None and test.labels is not None:
                 logits = torch.cat([model.net(torch.from_numpy(part).to(self.shop.device).float() / 255) for part in _parts(test.images)])
@@ -131,8 +232,8 @@ class Run:
     def synthesize(self) -> None:
         """The surrogate data set."""
         section = self._section("synthesize")
-        depends = {"surrogate": section, "seed": self.recipe.seed, "teacher": self.shop.teacher_digest}
-        with self._stage("synthesize", depends) as work:
+        depends = self._reads("synthesize") | {"weights": self.shop.teacher_digest}
+        with self._stage("synthesize", depends, [self.folder / "surrogate" / "manifest.json"]) as work:
             if not work:
                 return
             surrogate.write(
@@ -149,35 +250,27 @@ class Run:
 
     def distill(self) -> None:
         """Every student: arms times seeds, side by side where the machine has the cores."""
-        section, recipe = self._section("distill"), self.recipe
-        data = any(arm.kind != "data_free" for arm in recipe.arms)
-        images = section.infer is not None and any(arm.kind == "data_free" for arm in recipe.arms)
-        if images and not (self.folder / "surrogate" / "manifest.json").exists():
-            raise BadInput("distill: no surrogate yet; run the synthesize stage first")
-        depends = {
-            "distill": section,
-            "student": recipe.student,
-            "arms": recipe.arms,
-            "seeds": recipe.seeds,
-            "seed": recipe.seed,
-            "teacher": self.shop.teacher_digest,
-            "surrogate": surrogate.digest(self.folder / "surrogate") if images else None,
-            "pixels": self.shop.real.train.digest() if data else None,
+        self._section("distill")
+        recipe = self.recipe
+        depends = self._reads("distill") | {
+            "weights": self.shop.teacher_digest,
+            "surrogate": surrogate.digest(self.folder / "surrogate") if self._images_needed else None,
+            "pixels": self.shop.real.train.digest() if self._data_needed else None,
         }
-        with self._stage("distill", depends) as work:
+        made = [self.folder / "student" / "model.safetensors", *(student_folder(self.folder, job) / "job.json" for job in jobs(recipe))]
+        with self._stage("distill", depends, made) as work:
             if not work:
                 return
             identity = fingerprint(_plain(depends))
             todo = [job for job in jobs(recipe) if not is_done(self.folder, job, identity)]
-            workers = self._workers(len(todo))
+            workers, count = self._workers(len(todo))
             self.board.say(f"  {len(todo)} students, {workers} side by side")
             if workers == 1:
-                with threads(recipe.compute.threads):
+                with threads(count), stoppable() as keep_going:
                     engine = accelerator(str(self.shop.device))
-                    for job in todo:
-                        make_student(self.shop, job, identity, engine, told=partial(self.board.training, job.name))
+                    make_students(self.shop, identity, engine, keep_going=keep_going, told=lambda j, e: self.board.training(j.name, e))
             else:
-                self._side_by_side(todo, workers, identity)
+                self._side_by_side(todo, workers, count or 1, identity)
             missing = [job.name for job in todo if not is_done(self.folder, job, identity)]
             if missing:
                 raise Failed(f"distill: not done: {', '.join(missing)}; run the same command again to go on")
@@ -189,20 +282,15 @@ class Run:
     def evaluate(self) -> None:
         """Figures for the teacher and every arm, and the arrays that the report's pictures are made of."""
         section, recipe = self._section("evaluate"), self.recipe
-        students = {
-            job.name: sha256(student_folder(self.folder, job) / "model.safetensors") for job in jobs(recipe) if self._is_trained(job)
-        }
-        if len(students) < len(jobs(recipe)):
+        if not all(is_done(self.folder, job) for job in jobs(recipe)):
             raise BadInput("evaluate: not every student is trained yet; run the distill stage first")
-        depends = {
-            "evaluate": section,
-            "images": recipe.report.images if recipe.report else config.Report().images,
-            "students": students,
-            "teacher": self.shop.teacher_digest,
+        depends = self._reads("evaluate") | {
+            "students": {job.name: sha256(student_folder(self.folder, job) / "model.safetensors") for job in jobs(recipe)},
+            "weights": self.shop.teacher_digest,
             "pixels": [self.shop.real.train.digest(), self.shop.real.test.digest()],
             "features": self.features.digest,
         }
-        with self._stage("evaluate", depends) as work:
+        with self._stage("evaluate", depends, [self.folder / "metrics.json"]) as work:
             if not work:
                 return
             with threads(recipe.compute.threads):
@@ -215,40 +303,49 @@ class Run:
         """The page."""
         from .report import page
 
-        section = self._section("report")
+        self._section("report")
         if not (self.folder / "metrics.json").exists():
             raise BadInput("report: nothing measured yet; run the evaluate stage first")
-        depends = {"report": section, "metrics": sha256(self.folder / "metrics.json")}
-        with self._stage("report", depends) as work:
+        depends = self._reads("report") | {"metrics": sha256(self.folder / "metrics.json")}
+        with self._stage("report", depends, [self.folder / "report.html"]) as work:
             if work:
-                page.write(self.folder)
+                try:
+                    page.write(self.folder)
+                except page.ReportError as error:
+                    raise BadInput(f"report: {error}") from None
 
     # -------------------------------------------------------------- their parts
 
     @contextlib.contextmanager
-    def _stage(self, name: str, depends: dict[str, Any]) -> Iterator[bool]:
+    def _stage(self, name: str, depends: dict[str, Any], made: list[Path]) -> Iterator[bool]:
         plain = _plain(depends)
         mark, folder = fingerprint(plain), self.folder / name
         begun, done = folder / "begun.json", folder / "done.json"
-        if begun.exists():
-            before = read_json(begun)
-            if before.get("fingerprint") != mark:
-                raise Refused(_refusal(self.folder, name, _differences(before.get("depends"), plain)))
-        if done.exists():
+        if begun.exists() and (before := _depends_of(begun)) != plain:
+            raise Refused(_refusal(self.folder, name, _differences(before, plain)))
+        gone = [path for path in made if not path.exists()]
+        if done.exists() and not gone:
             self.board.say(f"{name}: done already")
             yield False
             return
-        self.board.say(f"{name}{': going on' if begun.exists() else ''}")
-        write_json(begun, {"fingerprint": mark, "depends": plain})
+        going_on = f": {gone[0].relative_to(self.folder)} is gone, again" if done.exists() else ": going on"
+        self.board.say(f"{name}{going_on if begun.exists() else ''}")
+        done.unlink(missing_ok=True)
+        if not begun.exists():
+            write_json(begun, {"fingerprint": mark, "depends": plain})
         start = time.perf_counter()
         yield True
         write_json(done, {"fingerprint": mark, "seconds": round(time.perf_counter() - start, 1), "potstill": __version__})
 
+    def tidy(self) -> None:
+        """Remove the saved states of what is done, and what killed processes left half written."""
+        for stage, states in (("train", self.folder / "state" / "train"), ("distill", states_of(self.folder))):
+            if self._is_done(stage):
+                shutil.rmtree(states, ignore_errors=True)
+        sweep(self.folder)
+
     def _is_done(self, name: str) -> bool:
         return (self.folder / name / "done.json").exists()
-
-    def _is_trained(self, job: Job) -> bool:
-        return (student_folder(self.folder, job) / "job.json").exists()
 
     def _load_student(self, job: Job) -> Model:
         model = self.shop.student(job.seed)
@@ -258,20 +355,30 @@ class Run:
     def _sizes(self, student: Model) -> tuple[int, int]:
         return build.parameters(student.net), build.parameters(self.shop.teacher.net)
 
-    def _workers(self, count: int) -> int:
-        if self.shop.device.type != "cpu" or "RANK" in os.environ:
-            return 1
-        return max(1, min(count, self.recipe.compute.workers or build.cores()))
+    def _workers(self, todo: int) -> tuple[int, int | None]:
+        """How many processes train side by side, and the threads of each.
 
-    def _side_by_side(self, todo: list[Job], workers: int, identity: str) -> None:
-        count = self.recipe.compute.threads or max(1, build.cores() // workers)
+        The threads follow from the recipe and the machine, not from what is left to do: a run that goes on has the bits of one that
+        was not cut short.
+        """
+        threads_given = self.recipe.compute.threads
+        if self.shop.device.type != "cpu" or "RANK" in os.environ:
+            return 1, threads_given
+        most = max(1, min(len(jobs(self.recipe)), self.recipe.compute.workers or build.cores()))
+        return max(1, min(most, todo)), threads_given or max(1, build.cores() // most)
+
+    def _side_by_side(self, todo: list[Job], workers: int, count: int, identity: str) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": str(count), "MKL_NUM_THREADS": str(count)}
-        command = [sys.executable, "-m", "potstill.worker", str(self.folder), identity, *self.allowed]
+        # Without -P, a file of the working directory named as a module of the standard library would be run.
+        own = self.allowed or Path(__file__).parents[1] == Path.cwd()
+        command = [sys.executable, *([] if own else ["-P"]), "-m", "potstill.worker", str(self.folder), identity, str(os.getpid())]
         tails = {job: LogTail(student_folder(self.folder, job) / "log.jsonl") for job in todo}
         with contextlib.ExitStack() as stack:
             outputs = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(workers)]
-            processes = [subprocess.Popen(command, env=environment, stderr=output, stdout=output) for output in outputs]
+            processes: list[subprocess.Popen[bytes]] = []
             try:
+                for output in outputs:
+                    processes += [subprocess.Popen([*command, *self.allowed], env=environment, stderr=output, stdout=output)]
                 while any(p.poll() is None for p in processes) and not any(p.returncode for p in processes):
                     for job, tail in tails.items():
                         if entry := tail.last():
@@ -285,21 +392,36 @@ class Run:
                 for process in processes:
                     process.wait()
             for process, output in zip(processes, outputs, strict=True):
-                if process.returncode not in (0, -15):
+                if process.returncode not in (0, INTERRUPTED, -signal.SIGTERM):
                     output.seek(0)
-                    text = output.read().decode(errors="replace").strip()
-                    if process.returncode == 2:
-                        raise BadInput(text.splitlines()[-1] if text else "a worker refused its input")
-                    raise Failed(f"a worker died with code {process.returncode}: {text[-2000:] or 'it said nothing'}")
+                    self._worker_failed(process.returncode, output.read().decode(errors="replace"))
+
+    def _worker_failed(self, code: int, output: str) -> None:
+        said = verdict(output)
+        if said is not None:
+            raise BadInput(said) if code == 2 else Failed(said)
+        if code < 0:
+            raise Failed(
+                f"distill: a worker was killed by signal {-code} (9: often for want of memory); run the same command again to go on"
+            )
+        path = self.folder / "state" / "worker.log"
+        write_text(path, output)
+        last = (output.strip().splitlines() or ["it said nothing"])[-1]
+        raise Failed(f"distill: a worker failed: {last}; all that it said is in {path}")
 
     def _measure(self, section: config.Evaluate) -> tuple[dict[str, Any], dict[str, Any]]:
         recipe, shop, features = self.recipe, self.shop, self.features.features
         data: Dataset = shop.real
         test = torch.from_numpy(data.test.images[: section.n]).float() / 255
         n, k, shown = len(test), section.k, recipe.report.images if recipe.report else config.Report().images
-        if n <= k:
-            raise BadInput(f"evaluate: {n} held-out images are too few for {k} neighbors")
-        real = features(test)
+        real = self.features.of(test)
+
+        def measured(images: torch.Tensor, who: str) -> dict[str, float]:
+            try:
+                return quality(images, real, features, k)
+            except (ValueError, RuntimeError) as error:
+                raise BadInput(f"evaluate: {who}: {build.reason(error)}") from None
+
         arms = [arm.title for arm in recipe.arms]
         rows: dict[str, list[dict[str, float]]] = {name: [] for name in ("teacher", *arms)}
         floor: list[dict[str, float]] = []
@@ -310,13 +432,13 @@ class Run:
             noise = Noise((recipe.seed, seed, "evaluate"))
             order = noise.permutation("floor", len(data.train.images)).numpy()[:n]
             if len(order) > k:
-                floor.append(quality(torch.from_numpy(data.train.images[np.sort(order)]), real, features, k))
+                floor.append(measured(torch.from_numpy(data.train.images[np.sort(order)]), "real against real"))
             reference = None
             for name in rows:
                 job = None if name == "teacher" else Job(next(a for a in recipe.arms if a.title == name), seed)
                 model = shop.teacher if job is None else self._load_student(job)
                 generated = samples(model, n, noise, section.batch)
-                figures = quality(generated, real, features, k)
+                figures = measured(generated, name if job is None else job.name)
                 if reference is None:
                     reference = generated
                 else:
@@ -339,8 +461,8 @@ class Run:
         metrics = {
             "format": METRICS_FORMAT,
             "name": recipe.name,
-            "reference": {"data": data.name, "n": n, "features": features.name, "floor": over_seeds(floor) if floor else {}},
-            "arms": {name: over_seeds(found) | counts[name] for name, found in rows.items()},
+            "reference": {"data": data.name, "n": n, "features": features.name, "floor": _finite(over_seeds(floor)) if floor else {}},
+            "arms": {name: _finite(over_seeds(found)) | counts[name] for name, found in rows.items()},
             "arms_info": {"teacher": {"label": "teacher", "updates": None, "data": "real", "note": ""}}
             | {a.title: self._about(a) for a in recipe.arms},
             "seeds": list(recipe.seeds),
@@ -364,7 +486,7 @@ class Run:
             return file_mib(student_folder(self.folder, job) / "model.safetensors")
         from safetensors.torch import save
 
-        return len(save({k: v.cpu().contiguous() for k, v in model.net.state_dict().items()})) / 2**20
+        return len(save(plain_tensors(model.net.state_dict()))) / 2**20
 
 
 def _parts(images: Any, size: int = 256) -> Iterator[Any]:
@@ -382,6 +504,19 @@ def _nearest(images: Any, real: Any) -> dict[str, Any]:
         found.append(real[int(index)])
         distances.append(float(distance))
     return {"surrogate": images, "nearest": np.stack(found), "nearest_distance": np.array(distances)}
+
+
+def _finite(figures: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Figures with ``None`` for one that is not finite, such as the ELBO of a student that fell apart: JSON has no infinity."""
+    return {name: figure if all(map(math.isfinite, figure.values())) else None for name, figure in figures.items()}
+
+
+def _depends_of(begun: Path) -> dict[str, Any]:
+    content = read_json(begun)
+    depends = content.get("depends") if isinstance(content, dict) else None
+    if not isinstance(depends, dict):
+        raise BrokenFile(f"{begun}: not what potstill wrote there; choose another --out")
+    return depends
 
 
 def _refusal(folder: Path, stage: str, differences: list[str]) -> str:
@@ -454,32 +589,15 @@ def execute(
     chosen = stages or tuple(s for s in STAGES if getattr(recipe, _SECTION[s]) is not None)
     if not chosen:
         raise BadInput(f"{recipe.name}: the recipe has no stage in it: {', '.join(_SECTION.values())}")
-    with Board(quiet) as board:
+    with Board(quiet) as board, build.memory_watched():
         run = Run(recipe, folder, allowed, board)
         run.check(chosen)
-        folder.mkdir(parents=True, exist_ok=True)
-        with lock(folder / "state" / "run.lock", 0):
+        with lock(folder / "state" / "run.lock", what=str(folder)):
+            run.check_folder()  # again, for another process may have been at work until now
             resolved = config.dump(recipe)
-            if not (folder / "recipe.yaml").exists() or (folder / "recipe.yaml").read_text(encoding="utf-8") != resolved:
-                _refuse_other(run)
-                write_text(folder / "recipe.yaml", resolved)
+            path = folder / "recipe.yaml"
+            if not path.exists() or path.read_text(encoding="utf-8") != resolved:
+                write_text(path, resolved)
             for stage in chosen:
                 getattr(run, stage)()
-
-
-def _refuse_other(run: Run) -> None:
-    """Refuse before the recipe is replaced, where a stage that was begun here has read other sections of a recipe."""
-    path = run.folder / "recipe.yaml"
-    if not path.exists():
-        return
-    before, now = config.read(path).model_dump(mode="json"), run.recipe.model_dump(mode="json")
-    reads = {
-        "train": ("train", "data", "seed"),
-        "synthesize": ("surrogate", "seed", "teacher"),
-        "distill": ("distill", "student", "arms", "seeds", "seed", "teacher", "surrogate"),
-        "evaluate": ("evaluate", "data", "arms", "seeds", "teacher", "student"),
-    }
-    for stage, sections in reads.items():
-        changed = [d for s in sections for d in _differences(before.get(s), now.get(s), s)]
-        if changed and (run.folder / stage / "begun.json").exists():
-            raise Refused(_refusal(run.folder, stage, changed))
+            run.tidy()

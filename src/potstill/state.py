@@ -115,11 +115,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise BrokenFile(f"{path}: a folder, not a safetensors file") from None
     except OSError as error:
         raise BrokenFile(f"{path}: cannot be read ({error.strerror})") from None
-    if data[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise BrokenFile(f"{path}: a pickled checkpoint, which can run code when it is read; convert it to safetensors")
     try:
         return dict(load(data))
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        # Only now: a safetensors file begins with its header's length, which may be the same two bytes.
+        if data[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+            raise BrokenFile(f"{path}: a pickled checkpoint, which can run code when it is read; convert it to safetensors") from None
         raise BrokenFile(f"{path}: not a whole safetensors file ({error})") from None
 
 
@@ -142,16 +143,21 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    try:
+        save_file(plain_tensors(tensors), path, metadata)
+    except SafetensorError as error:
+        raise os_error(error, path) from None
+
+
+def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What safetensors can hold: on the CPU, contiguous, no two in the same memory."""
     plain, memory = {}, set()
     for name, tensor in tensors.items():
         plain[name] = tensor.detach().cpu().contiguous()
         if (address := plain[name].untyped_storage().data_ptr()) in memory:
             plain[name] = plain[name].clone()
         memory.add(address)
-    try:
-        save_file(plain, path, metadata)
-    except SafetensorError as error:
-        raise os_error(error, path) from None
+    return plain
 
 
 def os_error(error: Exception, path: Path) -> OSError:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..divergence import Match, compare, negative_elbo
 from ..model import Model
 from ..noise import Noise, NoiseSource
-from ..trace import noise_of, run
+from ..trace import Trace, noise_of, run
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ class Distiller(nn.Module):
             run free on the teacher's noise.
         share: pattern of node names at which the student gets the teacher's noise; elsewhere it draws its own.
         elbo: weight of the student's negative ELBO of the images, with program "infer".
+
+    Raises:
+        ValueError: ``elbo`` with another program.
     """
 
     def __init__(
@@ -64,6 +68,8 @@ class Distiller(nn.Module):
         elbo: float = 0.0,
     ):
         super().__init__()
+        if elbo and program != "infer":
+            raise ValueError(f"elbo goes with program 'infer', not {program!r}: it needs images and what is inferred from them")
         self.net = student.net
         self._teacher = (teacher,)
         self._student, self.rules, self.program, self.replay, self.share, self.elbo = student, tuple(rules), program, replay, share, elbo
@@ -77,29 +83,36 @@ class Distiller(nn.Module):
             n: batch size where there are no images.
         """
         (teacher,), student = self._teacher, self._student
+        batch = n if images is None else len(images)
+        reads = images is not None and self.program != "generate"
+
+        def inputs(model: Model) -> tuple[Tensor, ...]:
+            return (model.images.encode(images),) if images is not None and reads else ()
+
         shared: NoiseSource = noise
-        for_teacher: tuple[Tensor, ...] = ()
-        for_student: tuple[Tensor, ...] = ()
-        if self.program != "generate" and images is not None:
-            for_teacher, for_student = (teacher.images.encode(images),), (student.images.encode(images),)
-        n = n if images is None else len(images)
-        with torch.no_grad():
-            given = {}
-            if self.program == "generate" and images is not None:
-                seen = run(teacher.program("infer"), teacher.images.encode(images), noise=noise)
-                given = {name: node.value for name, node in seen.latents().items()}
-            t = run(teacher.program(self.program), *for_teacher, noise=noise, n=n, given=given, device=teacher.device)
-            if given:
-                shared = noise_of(t, noise)
-            replayed = t.values_of(self.replay) if self.replay else {}
+        target: Trace | None = None
+        replayed: dict[str, Tensor] = {}
+        if any(rule.weight for rule in self.rules):
+            with torch.no_grad():
+                given = {} if images is None or reads else self._latents(images, noise)
+                target = run(teacher.program(self.program), *inputs(teacher), noise=noise, n=batch, given=given, device=teacher.device)
+                if given:
+                    shared = noise_of(target, noise)
+                replayed = target.values_of(self.replay) if self.replay else {}
         if self.share != "*":
             shared = PartlyShared(shared, noise.fold("the student's own"), self.share)
-        s = run(student.program(self.program), *for_student, noise=shared, n=n, given=replayed, device=teacher.device)
-        losses = compare(t, s, self.rules) if any(rule.weight for rule in self.rules) else {}
+        found = run(student.program(self.program), *inputs(student), noise=shared, n=batch, given=replayed, device=teacher.device)
+        losses = compare(target, found, self.rules) if target is not None else {}
         if self.elbo:
-            parts = negative_elbo(s, for_student[0])
+            parts = negative_elbo(found, *inputs(student))
             losses |= {f"elbo.{name}": self.elbo * part for name, part in parts.items()}
         return losses
+
+    def _latents(self, images: Tensor, noise: Noise) -> dict[str, Tensor]:
+        """What the teacher infers from images, by node."""
+        (teacher,) = self._teacher
+        trace = run(teacher.program("infer"), teacher.images.encode(images), noise=noise)
+        return {name: node.value for name, node in trace.latents().items()}
 
 
 class Elbo(nn.Module):
@@ -142,20 +155,29 @@ class Classification(nn.Module):
         return {"out": -trace.out.dist.log_prob(labels)}
 
 
+def _tensors(dist: Distribution) -> Iterator[Tensor]:
+    """What a distribution is made of, also within one that wraps another, such as Independent."""
+    for value in vars(dist).values():
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Distribution):
+            yield from _tensors(value)
+
+
 def reached(model: Model, program: str) -> set[str]:
     """Names of the parameters that the program's conditionals depend on, found by running it once on a batch of two.
 
     The generator's parameters are those that "generate" reaches; the encoder's, those that only "infer" reaches.
     The network's state is left as it was.
     """
-    was_training = model.net.training
+    training = {module: module.training for module in model.net.modules()}
     required = {name: p.requires_grad for name, p in model.net.named_parameters()}
     model.net.eval().requires_grad_(True)
     try:
         inputs = () if program == "generate" else (model.images.encode(torch.full((2, *model.images.shape), 0.5, device=model.device)),)
         with torch.enable_grad():
             trace = run(model.program(program), *inputs, noise=Noise((0,)), n=2, device=model.device)
-            tensors = [t for node in trace.values() for t in (node.dist.__dict__ | {"value": node.value}).values() if isinstance(t, Tensor)]
+            tensors = [t for node in trace.values() for t in (*_tensors(node.dist), node.value)]
             total = sum((t.float().sum() for t in tensors if t.requires_grad), torch.zeros((), device=model.device))
             names, parameters = zip(*model.net.named_parameters(), strict=True)
             gradients = torch.autograd.grad(total, parameters, allow_unused=True) if total.requires_grad else [None] * len(names)
@@ -163,7 +185,8 @@ def reached(model: Model, program: str) -> set[str]:
     finally:
         for name, p in model.net.named_parameters():
             p.requires_grad_(required[name])
-        model.net.train(was_training)
+        for module, mode in training.items():
+            module.training = mode
 
 
 def train_only(net: nn.Module, names: set[str]) -> list[nn.Parameter]:

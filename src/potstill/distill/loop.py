@@ -93,6 +93,11 @@ class Average:
         self._net, self._decay = net, decay
         self.shadow = {name: t.detach().clone() for name, t in net.state_dict().items()}
 
+    def load(self, shadow: dict[str, Tensor]) -> None:
+        """Go on from a saved average, on the device where the network is."""
+        for name, t in shadow.items():
+            self.shadow[name].copy_(t)
+
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move towards the network, faster at first, when the average would still remember the random start."""
@@ -169,7 +174,7 @@ def fit(
         keep_going: asked before every update; when it says no, the state is saved and ``KeyboardInterrupt`` raised.
 
     Raises:
-        BadInput: a loss is not finite; it names the term and the step.
+        BadInput: a loss or a weight is not finite; it names the term or the weight, and the update. Nothing is saved then.
     """
     saved, _ = states.load()
     first = 0
@@ -204,7 +209,7 @@ def _fit_phase(
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
         if average:
-            average.shadow = saved["average"]
+            average.load(saved["average"])
         start = saved["step"]
     objective, optimizer = engine.prepare(phase.objective, optimizer)
     source = noise.fold(phase.name)
@@ -212,7 +217,12 @@ def _fit_phase(
     rows = rows_of(batch, engine.process_index, engine.num_processes)
     shuffled = Shuffled(phase.images, batch, source) if phase.images else None
 
+    remedy = f"lower lr (now {training.lr:g}), set clip, or look at the teacher's weights"
+
     def save(step: int) -> None:
+        bad = [name for name, t in net.state_dict().items() if not t.isfinite().all()]
+        if bad:
+            raise BadInput(f"{phase.name}: {bad[0]} is not finite after {step} updates; {remedy}")
         if engine.is_main_process:
             plain = optimizer.optimizer.state_dict()
             tree = {"phase": phase.name, "step": step, "net": dict(net.state_dict()), "optimizer": plain}
@@ -238,15 +248,12 @@ def _fit_phase(
         if average:
             average.update(done)
         if done % log_steps == 0 or done == training.steps or step == start:
-            # The loss is read, and so the device waited for, only when a line is written; until then a bad value cannot be saved.
+            # The loss is read, and so the device waited for, only when a line is written; weights that it spoiled are never saved.
             parts = {name: value.detach().float().mean().item() for name, value in losses.items()}
             value = sum(parts.values())
             if not math.isfinite(value):
                 bad = [name for name, part in parts.items() if not math.isfinite(part)]
-                raise BadInput(
-                    f"{phase.name}: the loss of {', '.join(bad)} is not finite at update {done}; "
-                    f"lower lr (now {training.lr:g}), set clip, or look at the teacher's weights"
-                )
+                raise BadInput(f"{phase.name}: the loss of {', '.join(bad)} is not finite at update {done}; {remedy}")
             now = time.perf_counter()
             speed = (done - logged) * batch / max(now - since_log, 1e-9)
             since_log, logged = now, done

@@ -256,7 +256,7 @@ def _render(run: Path) -> str:
         uneven=len(updates) > 1,
         value=tables.format_value,
         count=_count,
-        threads=environment.get("threads"),
+        threads=environment.get("latency_threads", environment.get("threads")),
         device=environment.get("device"),
         pictures=pictures,
         pictures_found=(run / "evaluate" / "pictures.npz").exists(),

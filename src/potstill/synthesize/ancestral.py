@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..model import Model
 from ..noise import Noise
-from ..trace import draw, run
+from ..trace import run
 
 
 @dataclass(frozen=True)
@@ -29,5 +29,5 @@ class Ancestral:
     def __call__(self, n: int, noise: Noise) -> Tensor:
         """``(n, C, H, W)`` float32 in [0, 1]; row ``i`` depends on the noise's row ``i`` alone."""
         trace = run(self.teacher.program("generate"), noise=noise, n=n, device=self.teacher.device)
-        x = trace.out.dist.mean if self.observe == "mean" else draw(trace.out.dist, "out", noise)
+        x = trace.out.dist.mean if self.observe == "mean" else trace.output
         return self.teacher.images.decode(x).float().clamp(0, 1)

@@ -110,13 +110,14 @@ def _is_done(path: Path, identity: str, rows: int) -> bool:
 
 
 def _shards(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    manifest = read_json(folder / "manifest.json")
+    path = folder / "manifest.json"
+    manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not isinstance(manifest.get("shards"), list):
-        raise BrokenFile(f"{folder / 'manifest.json'}: not a manifest of format {FORMAT}")
+        raise BrokenFile(f"{path}: not a manifest of format {FORMAT}")
     for i, entry in enumerate(manifest["shards"]):
         # The name is built, not read: a manifest from elsewhere cannot point outside its folder.
         if not isinstance(entry, dict) or entry.get("name") != shard_name(i):
-            raise BrokenFile(f"{folder / 'manifest.json'}: shard {i} should be named {shard_name(i)}")
+            raise BrokenFile(f"{path}: shard {i} should be named {shard_name(i)}")
         yield folder / shard_name(i), entry
 
 
@@ -134,13 +135,18 @@ def read(folder: Path) -> npt.NDArray[np.uint8]:
         if sha256(path) != entry.get("sha256"):
             raise BrokenFile(f"{path}: not the file that the manifest describes")
         try:
-            table = pq.read_table(path, columns=["image"])
-        except (pa.ArrowException, KeyError, OSError) as error:
-            raise BrokenFile(f"{path}: not a parquet shard ({error})") from None
+            table = pq.read_table(path)
+        except (pa.ArrowException, ValueError, OSError) as error:
+            raise BrokenFile(f"{path}: not a parquet shard ({str(error).splitlines()[0]})") from None
+        if not table.schema.equals(_SCHEMA) or table.num_rows != entry.get("rows"):
+            raise BrokenFile(f"{path}: not a shard of {entry.get('rows')} images; {table.num_rows} rows of {', '.join(table.schema.names)}")
         for row, cell in enumerate(table["image"].to_pylist()):
-            image = decode(cell["bytes"], f"{path}, row {row}")
+            where = f"{path}, row {row}"
+            if cell is None or cell["bytes"] is None:
+                raise BrokenFile(f"{where}: no image")
+            image = decode(cell["bytes"], where)
             if images and image.shape != images[0].shape:
-                raise BadInput(f"{path}, row {row}: image of shape {image.shape}, others are {images[0].shape}")
+                raise BadInput(f"{where}: image of shape {image.shape}, others are {images[0].shape}")
             images.append(image)
     if not images:
         raise BrokenFile(f"{folder}: a surrogate without images")

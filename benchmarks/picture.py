@@ -1,0 +1,49 @@
+"""The README's picture: the teacher and its students on the same noise, row above row.
+
+python benchmarks/picture.py [runs/digits-demo] [--out docs/same-noise.png]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from potstill.state import read_json
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+LABELS = {
+    "teacher": "teacher",
+    "student_data_free": "student, data-free",
+    "student_with_data": "student, with data",
+    "student_scratch": "student, from scratch",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, nargs="?", default=Path("runs/digits-demo"))
+    parser.add_argument("--out", type=Path, default=Path("docs/same-noise.png"))
+    arguments = parser.parse_args()
+    arms = read_json(arguments.run / "metrics.json")["arms"]
+    with np.load(arguments.run / "evaluate" / "pictures.npz", allow_pickle=False) as pictures:
+        rows = {LABELS[name]: (pictures[f"samples/{name}"], arms[name]["params"]) for name in LABELS if name in arms}
+    columns = len(next(iter(rows.values()))[0])
+    figure, axes = pyplot.subplots(len(rows), 1, figsize=(9, 0.72 * len(rows)), dpi=120, layout="constrained")
+    for axis, (label, (images, parameters)) in zip(axes, rows.items(), strict=True):
+        strip = np.pad(images, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=255).transpose(1, 2, 0, 3).reshape(images.shape[2], -1)
+        axis.imshow(strip, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axis.set_ylabel(f"{label}\n{parameters:,}", rotation=0, ha="right", va="center", fontsize=8)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_frame_on(False)
+    figure.savefig(arguments.out, metadata={"Software": None})
+    print(f"wrote {arguments.out}: {columns} columns")
+
+
+if __name__ == "__main__":
+    main()
