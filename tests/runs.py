@@ -80,7 +80,6 @@ def results(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(found) if "state" not in p.relative_to(folder).parts}
 
 
-def environment(cache):
-    """For processes that import torch again and again: compiled modules are kept in ``cache``, whatever the caller's settings."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONDONTWRITEBYTECODE", "RANK", "WORLD_SIZE")}
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPYCACHEPREFIX": str(cache)}
+def environment():
+    """For a process of its own: not one of several of a ``torchrun``, whatever this one is."""
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {"OMP_NUM_THREADS": "1"}

@@ -1,5 +1,6 @@
 """The command line: exit codes, one clear line for each mistake, no traceback, and nothing written when the input is wrong."""
 
+import io
 import json
 import os
 import pickle
@@ -231,6 +232,25 @@ def test_a_teacher_that_is_not_there(refused, place):
     refused("config.json: no such file", teacher={"kind": "pretrained", "path": "./empty"})
 
 
+def test_a_teacher_from_the_hub(place, refused, monkeypatch):
+    asked = []
+
+    def download(name, **options):
+        asked.append((name, options))
+        if name == "some/model":
+            return str(place.folder / "teacher")
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    expected = "other/model: no such folder, and no model of that name could be had from the Hub (ConnectionError)"
+    refused(expected, teacher={"kind": "pretrained", "path": "other/model"})
+    for path in ("/other/model", "./other", "../model", "~/model", "a/b/c"):
+        refused(f"{path}: no such folder", teacher={"kind": "pretrained", "path": path})
+    assert place.run("synthesize", teacher={"kind": "pretrained", "path": "some/model"}) == 0
+    files = {"allow_patterns": ["config.json", "model.safetensors"]}
+    assert asked == [("other/model", files), ("some/model", files)]
+
+
 def test_a_teacher_that_does_not_generate(refused, place):
     Classifier((1, 8, 8), 4, 2).save_pretrained(place.folder / "judge")
     refused("teacher: a Classifier does not generate", teacher={"kind": "pretrained", "path": "./judge"})
@@ -337,6 +357,7 @@ def python(name, **arguments):
     return {"kind": "python", "target": f"own:{name}", "arguments": arguments}
 
 
+@pytest.mark.slow
 def test_code_of_ones_own(place, capsys):
     module(place, "own", OWN)
     own = {"teacher": python("model"), "student": {"target": "own:model", "arguments": {"width": 3}}}
@@ -406,14 +427,15 @@ def test_wrong_code_is_named_with_its_line(refused, place, sections, expected):
     refused(expected, arguments=["--import", "own"], **sections)
 
 
-def test_a_module_of_the_working_directory_is_not_run_unasked(place):
+def test_the_working_directory_is_searched_for_allowed_modules_alone(refused, place):
     """A folder from elsewhere may hold a file with the name of a library that is about to be imported."""
-    module(place, "accelerate", "raise SystemExit('it ran')")
-    code = "import sys; from potstill.cli import main; main(sys.argv[1:]); print([p for p in sys.path if p in ('', '.')])"
-    arguments = ["run", str(place.write(teacher={"kind": "pretrained", "path": "./nope"}))]
-    done = subprocess.run([sys.executable, "-P", "-c", code, *arguments], cwd=place.folder, capture_output=True, text=True, check=True)
-    assert done.stderr.splitlines()[-1] == "potstill: ./nope: no such folder"
-    assert done.stdout == "[]\n"
+    sys.path[:] = [p for p in sys.path if p not in ("", str(place.folder))]
+    before = list(sys.path)
+    refused("./nope: no such folder", teacher={"kind": "pretrained", "path": "./nope"})
+    assert sys.path == before
+    module(place, "own", OWN)
+    refused("own:nope: module own has no 'nope'", arguments=["--import", "own"], teacher=python("nope"))
+    assert sys.path == [str(place.folder), *before]
 
 
 # ------------------------------------------------------------------ features
@@ -519,10 +541,8 @@ def test_a_teacher_whose_loss_is_not_finite(refused, place):
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_in_a_worker(refused, place, tmp_path_factory, monkeypatch):
-    for name, value in environment(tmp_path_factory.getbasetemp() / "compiled").items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+def test_a_loss_that_is_not_finite_in_a_worker(refused, place):
+    module(place, "accelerate", "raise SystemExit('a file of the working directory was run')")
     compute = place.recipe["compute"] | {"workers": 2}
     distill = {"generate": {"steps": 400, "batch": 8, "lr": 1e30, "warmup": 0}}
     err = refused("generate: ", distill=distill, compute=compute, seeds=[0, 1], written=True)
@@ -531,6 +551,7 @@ def test_a_loss_that_is_not_finite_in_a_worker(refused, place, tmp_path_factory,
     assert list(place.out.rglob("model.safetensors")) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_training_with_its_state_saved(place, capsys, number):
     """In this process, between two updates, as Ctrl-C does; then the run goes on to the same bits."""
@@ -560,15 +581,22 @@ def test_an_interrupt_ends_training_with_its_state_saved(place, capsys, number):
     assert os.listdir(place.out / "state") == ["run.lock"]
 
 
+def test_sigterm_interrupts_other_work_too(place, capsys, monkeypatch):
+    monkeypatch.setattr("potstill.pipeline.surrogate.write", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    assert place.run("synthesize") == 130
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert capsys.readouterr().err.startswith("potstill: interrupted; go on with: potstill synthesize ")
+
+
 @pytest.mark.slow
-def test_ctrl_c(place, tmp_path_factory):
+def test_ctrl_c(place):
     """In a process of its own, while two workers train."""
     recipe = place.write(
         seeds=[0, 1], distill={"generate": {"steps": 100_000, "batch": 8}}, compute=place.recipe["compute"] | {"workers": 2}
     )
     command = [sys.executable, "-m", "potstill", "run", str(recipe), "--out", "out", "--quiet"]
-    compiled = environment(tmp_path_factory.getbasetemp() / "compiled")
-    with subprocess.Popen(command, cwd=place.folder, env=compiled, stderr=subprocess.PIPE, start_new_session=True) as process:
+    with subprocess.Popen(command, cwd=place.folder, env=environment(), stderr=subprocess.PIPE, start_new_session=True) as process:
         assert process.stderr is not None
         until = time.monotonic() + 120
         while len(list(place.out.glob("state/students/*/*/step-*"))) < 2 and time.monotonic() < until:
@@ -607,12 +635,22 @@ def test_schema(capsys):
     assert set(schema["properties"]) == set(Recipe.model_fields)
 
 
+def test_a_terminal_without_accents(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(cli, "_zoo", lambda: print("Fréchet 1 ± 2"))
+    assert cli.main(["zoo"]) == 0
+    out.seek(0)
+    assert out.read() == "Fr?chet 1 ? 2\n"
+
+
 def test_a_reader_that_has_enough_of_the_output():
     command = f"{sys.executable} -c 'import sys; from potstill.cli import main; sys.exit(main([\"schema\"]))'"
     done = subprocess.run(f"{command} | head -c 10", shell=True, capture_output=True, text=True, check=True)
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_a_run_prints_its_table(place, capsys):
     assert place.run("run") == 0
     out, err = capsys.readouterr()

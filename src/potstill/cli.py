@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shlex
@@ -143,12 +144,15 @@ def _terminated() -> Iterator[None]:
 
 def _complain(text: str) -> None:
     for line in text.splitlines() or [""]:
-        print(f"potstill: {line}", file=sys.stderr)
+        # A message may quote a file: what a terminal would act on is written out.
+        print("potstill:", "".join(c if c.isprintable() else repr(c)[1:-1] for c in line), file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     arguments = _arguments(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without é or ± gets a question mark, not an error
     try:
         with _terminated():
             match arguments.command:

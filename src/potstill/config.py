@@ -529,7 +529,7 @@ def _problem(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         close = difflib.get_close_matches(str(location[-1]), _known_keys(location[:-1]), n=1)
         return f"{path}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
-    message = error["msg"].removeprefix("Value error, ")
+    message = _WORDS.get(error["type"]) or error["msg"].removeprefix("Value error, ").replace("Tuple should", "A list should")
     if not location and error["type"] == "value_error":
         return message  # of Recipe's own check, whose lines name their section
     found = error.get("input")
@@ -537,6 +537,9 @@ def _problem(error: Any) -> str:
     return f"{path or 'recipe'}: {message[0].lower() + message[1:]}{shown}"
 
 
+# pydantic speaks of Python, but a recipe is YAML.
+_WORDS = dict.fromkeys(("tuple_type", "list_type"), "a list is expected")
+_WORDS |= dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "a mapping is expected")
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 

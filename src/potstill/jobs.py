@@ -71,6 +71,7 @@ class Workshop:
 
     @cached_property
     def teacher_digest(self) -> str:
+        """Of its weights."""
         return build.digest_of(self.teacher.net)
 
     @cached_property
@@ -88,6 +89,11 @@ class Workshop:
         if self.data is None:
             raise BadInput("the recipe names no data")
         return self.data
+
+    @cached_property
+    def pixels(self) -> tuple[str, str]:
+        """Digests of the training images and of the held-out ones."""
+        return self.real.train.digest(), self.real.test.digest()
 
     @cached_property
     def surrogate(self) -> npt.NDArray[np.uint8]:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -108,7 +108,8 @@ class Run:
             if "distill" in stages:
                 if "synthesize" not in stages and self._images_needed and not (self.folder / "surrogate" / "manifest.json").exists():
                     raise BadInput("distill: no surrogate yet; run the synthesize stage first")
-                rehearse(self.shop, teacher)
+                if not self._is_done("distill"):
+                    rehearse(self.shop, teacher)
             if "evaluate" in stages:
                 if "distill" not in stages and not all(is_done(self.folder, job) for job in jobs(self.recipe)):
                     raise BadInput("evaluate: not every student is trained yet; run the distill stage first")
@@ -211,13 +212,13 @@ class Run:
 
     def train(self) -> None:
         """A teacher or a feature network from real data."""
-        depends = self._reads("train") | {"pixels": self.shop.real.train.digest()}
+        depends = self._reads("train") | {"pixels": self.shop.pixels[0]}
         with self._stage("train", depends, [self.folder / "teacher" / n for n in ("config.json", "model.safetensors")]) as work:
             if not work:
                 return
             with threads(self.recipe.compute.threads), stoppable() as keep_going:
                 engine = accelerator(str(self.shop.device))
-                model = make_teacher(self.shop, engine, keep_going=keep_going, told=partial(self.board.training, "train"))
+                model = make_teacher(self.shop, engine, keep_going=keep_going, told=partial(self.board.training, "train")).frozen()
             test = self.shop.real.test
             if model.generate is None and test.labels is not None:
                 logits = torch.cat([model.net(torch.from_numpy(part).to(self.shop.device).float() / 255) for part in _parts(test.images)])
@@ -255,13 +256,16 @@ class Run:
         depends = self._reads("distill") | {
             "weights": self.shop.teacher_digest,
             "surrogate": surrogate.digest(self.folder / "surrogate") if self._images_needed else None,
-            "pixels": self.shop.real.train.digest() if self._data_needed else None,
+            "pixels": self.shop.pixels[0] if self._data_needed else None,
         }
-        made = [self.folder / "student" / "model.safetensors", *(student_folder(self.folder, job) / "job.json" for job in jobs(recipe))]
-        with self._stage("distill", depends, made) as work:
+        identity = fingerprint(_plain(depends))
+
+        def spoiled() -> str | None:
+            return next((f"students/{job.name}" for job in jobs(recipe) if not is_done(self.folder, job, identity)), None)
+
+        with self._stage("distill", depends, [self.folder / "student" / "model.safetensors"], spoiled) as work:
             if not work:
                 return
-            identity = fingerprint(_plain(depends))
             todo = [job for job in jobs(recipe) if not is_done(self.folder, job, identity)]
             workers, count = self._workers(len(todo))
             self.board.say(f"  {len(todo)} students, {workers} side by side")
@@ -287,7 +291,7 @@ class Run:
         depends = self._reads("evaluate") | {
             "students": {job.name: sha256(student_folder(self.folder, job) / "model.safetensors") for job in jobs(recipe)},
             "weights": self.shop.teacher_digest,
-            "pixels": [self.shop.real.train.digest(), self.shop.real.test.digest()],
+            "pixels": self.shop.pixels,
             "features": self.features.digest,
         }
         with self._stage("evaluate", depends, [self.folder / "metrics.json"]) as work:
@@ -317,18 +321,31 @@ class Run:
     # -------------------------------------------------------------- their parts
 
     @contextlib.contextmanager
-    def _stage(self, name: str, depends: dict[str, Any], made: list[Path]) -> Iterator[bool]:
+    def _stage(
+        self, name: str, depends: dict[str, Any], made: list[Path], spoiled: Callable[[], str | None] = lambda: None
+    ) -> Iterator[bool]:
+        """Whether the stage has work to do; its marks are written around the block.
+
+        Args:
+            name: of the stage.
+            depends: all that its results depend on.
+            made: files that are there when it is done.
+            spoiled: names a result that is not as it was made, if any.
+
+        Raises:
+            Refused: it was begun from something else.
+        """
         plain = _plain(depends)
         mark, folder = fingerprint(plain), self.folder / name
         begun, done = folder / "begun.json", folder / "done.json"
         if begun.exists() and (before := _depends_of(begun)) != plain:
             raise Refused(_refusal(self.folder, name, _differences(before, plain)))
-        gone = [path for path in made if not path.exists()]
+        gone = next((path.relative_to(self.folder) for path in made if not path.exists()), None) or spoiled()
         if done.exists() and not gone:
             self.board.say(f"{name}: done already")
             yield False
             return
-        going_on = f": {gone[0].relative_to(self.folder)} is gone, again" if done.exists() else ": going on"
+        going_on = f": {gone} is gone or has changed, again" if done.exists() else ": going on"
         self.board.say(f"{name}{going_on if begun.exists() else ''}")
         done.unlink(missing_ok=True)
         if not begun.exists():
@@ -361,7 +378,8 @@ class Run:
         The threads follow from the recipe and the machine, not from what is left to do: a run that goes on has the bits of one that
         was not cut short.
         """
-        threads_given = self.recipe.compute.threads
+        asked = os.environ.get("OMP_NUM_THREADS", "")
+        threads_given = self.recipe.compute.threads or (int(asked) if asked.isdecimal() and int(asked) else None)
         if self.shop.device.type != "cpu" or "RANK" in os.environ:
             return 1, threads_given
         most = max(1, min(len(jobs(self.recipe)), self.recipe.compute.workers or build.cores()))
@@ -461,8 +479,8 @@ class Run:
         metrics = {
             "format": METRICS_FORMAT,
             "name": recipe.name,
-            "reference": {"data": data.name, "n": n, "features": features.name, "floor": _finite(over_seeds(floor)) if floor else {}},
-            "arms": {name: _finite(over_seeds(found)) | counts[name] for name, found in rows.items()},
+            "reference": {"data": data.name, "n": n, "features": features.name, "floor": _spread(floor) if floor else {}},
+            "arms": {name: _spread(found) | counts[name] for name, found in rows.items()},
             "arms_info": {"teacher": {"label": "teacher", "updates": None, "data": "real", "note": ""}}
             | {a.title: self._about(a) for a in recipe.arms},
             "seeds": list(recipe.seeds),
@@ -506,9 +524,10 @@ def _nearest(images: Any, real: Any) -> dict[str, Any]:
     return {"surrogate": images, "nearest": np.stack(found), "nearest_distance": np.array(distances)}
 
 
-def _finite(figures: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Figures with ``None`` for one that is not finite, such as the ELBO of a student that fell apart: JSON has no infinity."""
-    return {name: figure if all(map(math.isfinite, figure.values())) else None for name, figure in figures.items()}
+def _spread(rows: list[dict[str, float]]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds; ``None`` for a figure that is not finite, such as the ELBO of a student that fell apart."""
+    finite = [name for name in rows[0] if all(math.isfinite(row[name]) for row in rows)]
+    return dict.fromkeys(rows[0]) | over_seeds([{name: row[name] for name in finite} for row in rows])
 
 
 def _depends_of(begun: Path) -> dict[str, Any]:

@@ -1,0 +1,128 @@
+"""From a recipe to objects."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributions import Categorical, Normal
+
+from potstill import build, config
+from potstill.divergence import hinton, wasserstein2
+from potstill.errors import BadInput
+from potstill.families.classifier import Classifier
+from potstill.families.lvae import LVAE
+from potstill.families.vae import VAE
+
+NETS = [
+    config.LVAENet(kind="lvae", image=(1, 8, 8), width=4, levels=2, latent=2),
+    config.VAENet(kind="vae", image=(1, 8, 8), width=4, latent=2),
+    config.ClassifierNet(kind="classifier", image=(1, 8, 8), classes=3, width=4),
+]
+
+
+def small(seed=0):
+    return build.born(seed, "net", lambda: LVAE((1, 8, 8), 4, 2, 2))
+
+
+def test_fresh_weights_come_from_the_seed_and_the_name_alone():
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    a = small()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.rand(3)
+    digests = [build.digest_of(net) for net in (a, small(), small(1), build.born(0, "other", lambda: LVAE((1, 8, 8), 4, 2, 2)))]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+
+
+def test_a_digest_sees_classes_names_types_and_values():
+    class Other(LVAE):
+        pass
+
+    net, other = small(), build.born(0, "net", lambda: Other((1, 8, 8), 4, 2, 2))
+    changed = small()
+    with torch.no_grad():
+        next(changed.parameters()).view(-1)[0] += 1e-6
+    assert len({build.digest_of(n) for n in (net, other, changed, small().double())}) == 4
+
+
+@pytest.mark.parametrize("section", NETS, ids=lambda s: s.kind)
+def test_what_is_saved_is_loaded(tmp_path, section):
+    net = build.born(0, "net", lambda: build.network(section))
+    net.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["family"] == section.kind
+    found = build.pretrained(str(tmp_path))
+    assert type(found) is type(net)
+    assert build.digest_of(found) == build.digest_of(net)
+    assert not found.training
+
+
+@pytest.mark.parametrize("name", [folder.name for folder in sorted(build.ZOO.iterdir()) if folder.is_dir()])
+def test_every_model_of_the_zoo_loads(name):
+    net = build.pretrained(f"zoo:{name}")
+    if isinstance(net, Classifier):
+        assert net(torch.zeros(2, *net.image)).isfinite().all()
+    else:
+        model = build.teacher(config.Pretrained(kind="pretrained", path=f"zoo:{name}"), Path("nowhere"), ())
+        assert not any(p.requires_grad for p in model.net.parameters())
+
+
+@pytest.mark.parametrize(
+    "net", [LVAE((1, 8, 8), 32, 3, 4), VAE((1, 8, 8), 24, 4), Classifier((1, 8, 8), 10, 16)], ids=["lvae", "vae", "classifier"]
+)
+@pytest.mark.parametrize("ratio", [1.5, 4, 12, 1e6])
+def test_the_width_for_a_ratio_is_the_nearest(net, ratio):
+    goal = build.parameters(net) / ratio
+    sizes = {width: build.parameters(net.shrunk(width)) for width in range(1, net.width + 1)}
+    found = build.width_for(net, ratio)
+    assert abs(sizes[found] - goal) == min(abs(size - goal) for size in sizes.values())
+
+
+def test_a_student_by_width_and_by_ratio():
+    teacher = LVAE((1, 8, 8), 16, 2, 4).model()
+    for section in (config.Student(width=4), config.Student(ratio=12.0)):
+        student = build.student(section, teacher, 3, ())
+        assert build.parameters(student.net) < build.parameters(teacher.net) / 8
+        again, other = (build.student(section, teacher, seed, ()) for seed in (3, 4))
+        assert build.digest_of(student.net) == build.digest_of(again.net) != build.digest_of(other.net)
+
+
+def test_rules_become_functions():
+    recipe = [config.Rule(nodes="z*", by="wasserstein2", weight=2.0, reduce="mean"), config.Rule(by="hinton", temperature=4.0)]
+    first, second = build.rules(recipe)
+    assert (first.nodes, first.by, first.weight, first.reduce) == ("z*", wasserstein2, 2.0, "mean")
+    p, q = (Categorical(logits=torch.randn(5, 3)) for _ in range(2))
+    assert torch.equal(second.by(p, q), hinton(4.0)(p, q))
+
+
+@pytest.mark.parametrize("by", ["kl", "reverse_kl", "wasserstein2", "mse"])
+def test_every_divergence_has_its_name(by):
+    (rule,) = build.rules([config.Rule(by=by)])
+    p, q = Normal(torch.zeros(2, 3), torch.ones(2, 3)), Normal(torch.ones(2, 3), 2 * torch.ones(2, 3))
+    expected = {"kl": 3 * (torch.tensor(2.0).log() + 2 / 8 - 0.5), "reverse_kl": 3 * (-torch.tensor(2.0).log() + 5 / 2 - 0.5)}
+    expected |= {"wasserstein2": torch.tensor(6.0), "mse": torch.tensor(3.0)}
+    assert torch.allclose(rule.by(p, q), expected[by].expand(2))
+
+
+def test_features_have_the_fingerprint_of_their_network(tmp_path):
+    cpu, shape = torch.device("cpu"), (1, 8, 8)
+    nets = [build.born(seed, "judge", lambda: Classifier(shape, 3, 2)) for seed in (0, 1)]
+    for i, net in enumerate(nets):
+        net.save_pretrained(tmp_path / str(i))
+    found = [build.features(f"classifier:{tmp_path / name}", cpu, (), 4, shape) for name in "010"]
+    assert found[0].digest == found[2].digest != found[1].digest
+    x = torch.rand(6, *shape)
+    assert torch.allclose(torch.from_numpy(found[0].of(x)), nets[0].eval().features(x), atol=1e-6)
+    assert build.features("pixels", cpu, (), 4, shape).of(x).shape == (6, 64)
+    with pytest.raises(BadInput, match=r"evaluate\.features: features 'pixels': found images in"):
+        build.features("pixels", cpu, (), 4, shape).of(2 + x)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"), [("150000 100000", 1), ("400000 100000", 4), ("max 100000", 64), ("odd", 64), ("50000 100000", 1)]
+)
+def test_the_cores_of_a_container(monkeypatch, content, expected):
+    monkeypatch.setattr(build.os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    monkeypatch.setattr(Path, "read_text", lambda _: content)
+    assert build.cores() == expected
