@@ -541,17 +541,6 @@ def test_a_teacher_whose_loss_is_not_finite(refused, place):
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_in_a_worker(refused, place):
-    module(place, "accelerate", "raise SystemExit('a file of the working directory was run')")
-    compute = place.recipe["compute"] | {"workers": 2}
-    distill = {"generate": {"steps": 400, "batch": 8, "lr": 1e30, "warmup": 0}}
-    err = refused("generate: ", distill=distill, compute=compute, seeds=[0, 1], written=True)
-    assert "student_data_free/seed-" in err
-    assert "not finite" in err
-    assert list(place.out.rglob("model.safetensors")) == []
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_training_with_its_state_saved(place, capsys, number):
     """In this process, between two updates, as Ctrl-C does; then the run goes on to the same bits."""

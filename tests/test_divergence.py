@@ -55,6 +55,12 @@ def test_kl_of_normals_is_torchs_and_never_negative(mean_p, mean_q, log_p, log_q
     assert kl(p, q).item() >= -1e-6
 
 
+def test_kl_of_a_very_narrow_normal_is_finite():
+    """The ratio of the stds squared underflows float32; its logarithm does not."""
+    p, q = (Normal(torch.zeros(1, 1), torch.full((1, 1), std)) for std in (1e-25, 1.0))
+    assert kl(p, q).item() == pytest.approx(25 * math.log(10) - 0.5, rel=1e-6)
+
+
 def test_kl_of_sure_coins_is_finite():
     p, q = (Bernoulli(logits=torch.tensor([[a, -a]])) for a in (80.0, -80.0))
     assert kl(p, q).item() == pytest.approx(160)

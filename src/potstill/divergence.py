@@ -42,7 +42,7 @@ def _elementwise_kl(p: Distribution, q: Distribution) -> Tensor:
     if isinstance(p, Bernoulli) and isinstance(q, Bernoulli):
         return _kl_bernoulli(p, q)
     if type(p) is Normal and type(q) is Normal:
-        # torch's formula with its logarithm of a squared ratio split, so that equal arguments give exactly 0.
+        # torch's formula, but for the logarithm of the squared ratio: a narrow normal's underflows, and its KL would be infinite.
         ratio = p.scale / q.scale
         return 0.5 * (ratio**2 + ((p.loc - q.loc) / q.scale) ** 2 - 1) - ratio.log()
     return kl_divergence(p, q)

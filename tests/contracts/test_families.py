@@ -13,6 +13,7 @@ from torch.distributions import Categorical, Normal
 
 from potstill import build
 from potstill.divergence import Match, compare, negative_elbo, total
+from potstill.families.blocks import Down, Up
 from potstill.families.classifier import Classifier
 from potstill.families.lvae import LVAE
 from potstill.families.vae import VAE
@@ -166,22 +167,41 @@ def test_replaying_its_own_values_changes_nothing(name):
             assert all(loss.tolist() == [0.0] * N for loss in compare(trace, again).values())
 
 
+def without_gradient(net):
+    return {k for k, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()}
+
+
 @pytest.mark.parametrize("name", GENERATORS)
-def test_gradients_reach_every_parameter(name):
+def test_gradients_of_the_image_reach_every_parameter(name):
+    """Through every latent: what is inferred, and what is generated."""
     net = network(name).train()
+    negative_elbo(run(net.infer, images(net), noise=Noise()), images(net))["out"].sum().backward()
+    assert without_gradient(net) == set()
+    net.zero_grad()
     still = copy.deepcopy(net).requires_grad_(False)
-    elbo = negative_elbo(run(net.infer, images(net), noise=Noise()), images(net))
-    distance = compare(run(still.generate, noise=Noise((2,)), n=N), run(net.generate, noise=Noise(), n=N))
-    (total(elbo) + total(distance)).sum().backward()
-    dead = [k for k, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
-    assert dead == []
+    compare(run(still.generate, noise=Noise((2,)), n=N), run(net.generate, noise=Noise(), n=N))["out"].sum().backward()
+    encoder = {id(p) for module in net.encoder() for p in module.parameters()}
+    assert without_gradient(net) == {k for k, p in net.named_parameters() if id(p) in encoder}
+
+
+@pytest.mark.parametrize("name", ["lvae 8x8 1", "lvae 16x16 4", "vae 8x8"])
+@torch.no_grad()
+def test_no_std_falls_to_0_whatever_the_network_says(name):
+    net = network(name)
+    for module in net.modules():
+        if isinstance(module, (Down, Up)):
+            module.out.weight *= 1e6
+    for program, inputs in ((net.generate, ()), (net.infer, (images(net),))):
+        scales = torch.cat([node.dist.scale.flatten() for node in run(program, *inputs, noise=Noise(), n=N).latents().values()])
+        assert scales.min() > 1e-7
+    assert scales.min() < 2e-6
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_gradients_reach_every_parameter_of_a_classifier(name):
     net = network(name).train()
     run(net.infer, images(net), noise=Noise()).out.dist.log_prob(torch.arange(N)).sum().backward()
-    assert [k for k, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()] == []
+    assert without_gradient(net) == set()
 
 
 @pytest.mark.parametrize("name", ["lvae 16x16 4", "lvae 32x32 5", "vae 8x8"])
