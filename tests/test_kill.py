@@ -20,16 +20,16 @@ from runs import environment, results
 KILLS = int(os.environ.get("POTSTILL_KILLS", "8"))
 PATIENCE = 120
 
-STEPS = {"steps": 12, "batch": 8}
+STEPS = {"steps": 8, "batch": 8}
 CHANGES = {
     "train": {
         "model": {"kind": "lvae", "image": [1, 8, 8], "width": 4, "levels": 2, "latent": 2, "std": 0.1},
-        "steps": 40,
+        "steps": 24,
         "batch": 8,
         "ema": 0.9,
     },
     "teacher": {"kind": "trained"},
-    "surrogate": {"n": 600, "shard": 30, "batch": 10},
+    "surrogate": {"n": 300, "shard": 15, "batch": 5},
     "distill": {"generate": STEPS | {"ema": 0.9}, "infer": STEPS},
     "arms": ["data_free", "with_data"],
     "seeds": [0, 1],

@@ -251,7 +251,9 @@ class States:
             save_tensors(tensors, temporary / "state.safetensors")
             digest = sha256(temporary / "state.safetensors")
             manifest = {"format": FORMAT, "step": step, "files": {"state.safetensors": digest}, "state": skeleton}
-            (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            (temporary / "manifest.json").write_text(
+                json.dumps(manifest), encoding="utf-8"
+            )  # on one line: indenting takes ten times as long
         for old in self._steps()[: -self._keep]:
             shutil.rmtree(old, ignore_errors=True)
 
