@@ -33,7 +33,7 @@ def main() -> None:
     with np.load(arguments.run / "evaluate" / "pictures.npz", allow_pickle=False) as pictures:
         rows = {LABELS[name]: (pictures[f"samples/{name}"], arms[name]["params"]) for name in LABELS if name in arms}
     columns = len(next(iter(rows.values()))[0])
-    figure, axes = pyplot.subplots(len(rows), 1, figsize=(9, 0.72 * len(rows)), dpi=120, layout="constrained")
+    figure, axes = pyplot.subplots(len(rows), 1, figsize=(9, 0.56 * len(rows)), dpi=120, layout="constrained")
     for axis, (label, (images, parameters)) in zip(axes, rows.items(), strict=True):
         strip = np.pad(images, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=255).transpose(1, 2, 0, 3).reshape(images.shape[2], -1)
         axis.imshow(strip, cmap="gray", vmin=0, vmax=255, interpolation="nearest")

@@ -634,9 +634,13 @@ def test_a_terminal_without_accents(monkeypatch):
 
 
 def test_a_reader_that_has_enough_of_the_output():
-    command = f"{sys.executable} -c 'import sys; from potstill.cli import main; sys.exit(main([\"schema\"]))'"
-    done = subprocess.run(f"{command} | head -c 10", shell=True, capture_output=True, text=True, check=True)
-    assert done.stderr == ""
+    command = [sys.executable, "-c", "import sys; from potstill.cli import main; sys.exit(main(['schema']))"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
 
 
 @pytest.mark.slow

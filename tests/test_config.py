@@ -298,6 +298,10 @@ def test_many_keys_do_not_take_long(tmp_path):
     assert "'k0' is given twice" in problems(tmp_path, "{" + ",".join(f"k{i}: 1" for i in range(2000)) + ",k0: 2}")[0]
 
 
+def test_a_message_cannot_act_on_a_terminal(tmp_path):
+    assert problems(tmp_path, 'name: a\n"\\e[2J": 1') == ["\\x1b[2J: unknown key"]
+
+
 def test_a_long_value_is_shown_short(tmp_path):
     (line,) = problems(tmp_path, f"name: {'x' * 5000}")
     assert len(line) < 250

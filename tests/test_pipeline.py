@@ -15,6 +15,7 @@ from potstill import build, cli, config, jobs, pipeline
 from potstill.data import load
 from potstill.families.classifier import Classifier
 from potstill.families.lvae import LVAE
+from potstill.noise import Noise
 from potstill.state import lock, read_tensors
 from runs import digits_like, results, snapshot
 
@@ -116,6 +117,15 @@ def test_metrics_have_the_promised_shape(finished):
     assert (environment["threads"], environment["latency_threads"], environment["device"]) == (1, 1, "cpu")
     assert "torch" in environment["versions"]
     assert json.loads((finished / "train" / "held_out.json").read_text()).keys() >= {"reconstruction_mse"}
+
+
+@pytest.mark.slow
+def test_the_teacher_is_judged_as_it_is_used(finished):
+    """In eval mode; BatchNorm would take its statistics from the held-out images otherwise."""
+    images = load(config.check(RECIPE).data).test.images
+    teacher = LVAE.from_pretrained(finished / "teacher").eval().model()
+    _, expected = pipeline.reconstructions(teacher, torch.from_numpy(images).float() / 255, Noise((0, "reconstruct")), 256)
+    assert json.loads((finished / "train" / "held_out.json").read_text()) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.slow

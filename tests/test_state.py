@@ -32,6 +32,16 @@ def test_a_file_is_replaced_whole(tmp_path):
     assert os.listdir(path.parent) == ["a.json"]
 
 
+def test_a_reader_has_the_old_file_or_the_new_one_never_half_of_both(tmp_path):
+    path = tmp_path / "a.txt"
+    state.write_text(path, "old " * 100_000)
+    with path.open() as reader:
+        start = reader.read(10)
+        state.write_text(path, "new")
+        assert start + reader.read() == "old " * 100_000
+    assert path.read_text() == "new"
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_crash_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, error):
     path = tmp_path / "a.txt"

@@ -66,7 +66,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("reconstruction_mse", "Reconstruction MSE", "lower", "mean squared error per pixel on real test images", "recon MSE"),
     Metric("accuracy", "Accuracy", "higher", "share of test images classified rightly", "accuracy"),
     Metric("nelbo", "Negative ELBO", "lower", "bound on the negative log likelihood of real test images"),
-    Metric("kl", "KL", "", "Kullback-Leibler divergence, as the run defines it"),
+    Metric("kl", "KL", "", "Kullback-Leibler divergence of the posterior from the prior, nats per real test image"),
     Metric("paired_mse", "Paired MSE", "lower", "mean squared difference to the teacher's output for the same noise"),
     Metric("params", "Parameters", short="params", cost=True),
     Metric("size_mib", "Size, MiB", short="MiB", cost=True),
