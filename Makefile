@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 # The build of torch comes first and by exact version, so that a machine without a GPU need not fetch gigabytes of CUDA.
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
+# Compiled modules are worth seconds at every start of a worker.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test fast lint types format clean
 
 demo: $(VENV)/.installed-demo

@@ -27,7 +27,8 @@ from .state import read_json, read_tensors, sha256
 from .trace import run
 
 if TYPE_CHECKING:
-    from .evaluate.features import Features
+    from .evaluate.cost import parameters
+from .evaluate.features import Features
 
 PACKAGE = Path(__file__).parent
 ZOO = PACKAGE / "zoo"
@@ -63,11 +64,6 @@ def memory_watched() -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise Failed(f"out of memory; lower batch, or compute.workers ({str(error).splitlines()[0]})") from None
         raise
-
-
-def parameters(net: nn.Module) -> int:
-    """Number of a network's parameters."""
-    return sum(p.numel() for p in net.parameters())
 
 
 def born(seed: int, name: str, make: Callable[[], Any]) -> Any:

@@ -23,6 +23,7 @@ from .distill.distiller import Classification, Distiller, Elbo, reached, train_o
 from .distill.loop import Batch, Log, Phase, fit
 from .divergence import total
 from .errors import BadInput, BrokenFile, Locked
+from .evaluate.cost import parameters
 from .families.classifier import Classifier
 from .model import Model
 from .noise import Noise
@@ -308,7 +309,7 @@ def make_student(
     )
     if engine.is_main_process:
         done = {"identity": identity, "updates": counts, "seed": job.seed}
-        save_network(student, folder, student_card(recipe, job, counts, build.parameters(student.net), build.parameters(shop.teacher.net)))
+        save_network(student, folder, student_card(recipe, job, counts, parameters(student.net), parameters(shop.teacher.net)))
         write_json(folder / "job.json", done | {"sha256": sha256(folder / "model.safetensors")})
         states.clear()
 
@@ -371,7 +372,7 @@ def make_teacher(
         keep_going=keep_going,
     )
     if engine.is_main_process:
-        save_network(model, shop.folder / "teacher", teacher_card(recipe, shop.real.name, build.parameters(model.net)))
+        save_network(model, shop.folder / "teacher", teacher_card(recipe, shop.real.name, parameters(model.net)))
     return model
 
 

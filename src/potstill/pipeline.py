@@ -27,7 +27,7 @@ from .data import Dataset
 from .distill.loop import accelerator, threads
 from .errors import BadInput, BrokenFile, Failed, Refused
 from .evaluate.arms import cost, over_seeds, quality, reconstructions, samples
-from .evaluate.cost import file_mib
+from .evaluate.cost import file_mib, parameters
 from .jobs import (
     Job,
     Workshop,
@@ -370,7 +370,7 @@ class Run:
         return model.frozen()
 
     def _sizes(self, student: Model) -> tuple[int, int]:
-        return build.parameters(student.net), build.parameters(self.shop.teacher.net)
+        return parameters(student.net), parameters(self.shop.teacher.net)
 
     def _workers(self, todo: int) -> tuple[int, int | None]:
         """How many processes train side by side, and the threads of each.
@@ -470,7 +470,7 @@ class Run:
                         pictures[f"reconstruction/{name}"] = surrogate.to_uint8(outputs[:shown])
                 figures |= cost(model, section.latency_threads, section.latency_repeats)
                 rows[name].append(figures)
-                counts[name] = {"params": build.parameters(model.net), "size_mib": self._size_mib(job, model)}
+                counts[name] = {"params": parameters(model.net), "size_mib": self._size_mib(job, model)}
                 done += 1
                 self.board.update("evaluate", done, total, name)
         if (self.folder / "surrogate" / "manifest.json").exists():

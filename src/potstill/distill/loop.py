@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -272,12 +271,6 @@ def _fit_phase(
     if average:
         net.load_state_dict(average.shadow)
     save(training.steps)
-
-
-def watch_parent() -> Callable[[], bool]:
-    """A ``keep_going`` for a worker: no, once the process that started it is gone, so that a killed run leaves no orphans."""
-    parent = os.getppid()
-    return lambda: os.getppid() == parent
 
 
 @contextmanager
