@@ -10,6 +10,7 @@ from torch.distributions import Categorical, Normal
 from potstill import build, config
 from potstill.divergence import hinton, wasserstein2
 from potstill.errors import BadInput
+from potstill.evaluate.cost import parameters
 from potstill.families.classifier import Classifier
 from potstill.families.lvae import LVAE
 from potstill.families.vae import VAE
@@ -73,8 +74,8 @@ def test_every_model_of_the_zoo_loads(name):
 )
 @pytest.mark.parametrize("ratio", [1.5, 4, 12, 1e6])
 def test_the_width_for_a_ratio_is_the_nearest(net, ratio):
-    goal = build.parameters(net) / ratio
-    sizes = {width: build.parameters(net.shrunk(width)) for width in range(1, net.width + 1)}
+    goal = parameters(net) / ratio
+    sizes = {width: parameters(net.shrunk(width)) for width in range(1, net.width + 1)}
     found = build.width_for(net, ratio)
     assert abs(sizes[found] - goal) == min(abs(size - goal) for size in sizes.values())
 
@@ -83,7 +84,7 @@ def test_a_student_by_width_and_by_ratio():
     teacher = LVAE((1, 8, 8), 16, 2, 4).model()
     for section in (config.Student(width=4), config.Student(ratio=12.0)):
         student = build.student(section, teacher, 3, ())
-        assert build.parameters(student.net) < build.parameters(teacher.net) / 8
+        assert parameters(student.net) < parameters(teacher.net) / 8
         again, other = (build.student(section, teacher, seed, ()) for seed in (3, 4))
         assert build.digest_of(student.net) == build.digest_of(again.net) != build.digest_of(other.net)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import config, data
 from .divergence import Divergence, Match, hinton, kl, mse, reverse_kl, wasserstein2
 from .errors import BadInput, Failed
+from .evaluate.cost import parameters
 from .families.classifier import Classifier
 from .families.lvae import LVAE
 from .families.vae import VAE
@@ -27,8 +28,7 @@ from .state import read_json, read_tensors, sha256
 from .trace import run
 
 if TYPE_CHECKING:
-    from .evaluate.cost import parameters
-from .evaluate.features import Features
+    from .evaluate.features import Features
 
 PACKAGE = Path(__file__).parent
 ZOO = PACKAGE / "zoo"
