@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import signal
 import sys
 
 import pytest
@@ -17,3 +18,8 @@ def place(tmp_path, monkeypatch):
     for name in set(sys.modules) - modules:
         if (tmp_path / f"{name}.py").exists():
             del sys.modules[name]
+
+
+# A shell without job control starts background jobs with SIGINT ignored, and what the tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
