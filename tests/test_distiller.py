@@ -171,6 +171,14 @@ def test_noise_is_shared_where_the_pattern_says(share, same):
     assert not any(loss.any() for loss in replayed.values())
 
 
+def test_the_noise_that_two_models_share_is_computed_once(monkeypatch):
+    teacher, names = frozen_lvae(), []
+    words = Noise._words
+    monkeypatch.setattr(Noise, "_words", lambda self, name, *a: (names.append(name), words(self, name, *a))[1])
+    Distiller(teacher, lvae())(Noise(), n=4)
+    assert names == ["z3", "z2", "z1"]
+
+
 def test_partly_shared_noise():
     noise = PartlyShared(Noise((1,)), Noise((2,)), "z*")
     for kind in ("normal", "uniform"):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from potstill.noise import FixedNoise, Noise, philox
+from potstill.noise import DrawnOnce, FixedNoise, Noise, philox
 
 KINDS = ("normal", "uniform")
 
@@ -170,3 +170,18 @@ def test_fixed_noise(kind):
         fixed("y", (2, 3))
     with pytest.raises(ValueError, match=r"'z' is \(2, 3\), but the node is \(2, 4\)"):
         fixed("z", (2, 4))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_drawn_once_is_the_sources_noise_computed_once(kind, monkeypatch):
+    source, count = Noise((3,)).at(range(5, 9)), []
+    words = Noise._words
+    monkeypatch.setattr(Noise, "_words", lambda *a: (count.append(a), words(*a))[1])
+    once = DrawnOnce(source)
+    drawn = [getattr(once, kind)(name, shape) for name, shape in [("z", (4, 2)), ("y", (4, 2)), ("z", (4, 3)), ("z", torch.Size((4, 2)))]]
+    assert len(count) == 3
+    assert drawn[0] is drawn[3]
+    for value, (name, shape) in zip(drawn, [("z", (4, 2)), ("y", (4, 2)), ("z", (4, 3)), ("z", (4, 2))], strict=True):
+        assert torch.equal(value, getattr(source, kind)(name, shape))
+    other = KINDS[1 - KINDS.index(kind)]
+    assert torch.equal(getattr(once, other)("z", (4, 2)), getattr(source, other)("z", (4, 2)))

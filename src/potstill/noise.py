@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -120,6 +120,28 @@ class Noise:
     def _arrange(words: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
         flat = torch.stack(list(words), -1).flatten(1)
         return flat[:, : math.prod(shape[1:])].reshape(tuple(shape))
+
+
+@dataclass(frozen=True)
+class DrawnOnce:
+    """Another source, whose numbers are computed once per node: for models that share the noise of one batch."""
+
+    source: NoiseSource
+    _drawn: dict[tuple[object, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def normal(self, name: str, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        """As the source draws it; do not write into it."""
+        return self._once(self.source.normal, "normal", name, shape, device)
+
+    def uniform(self, name: str, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        """As the source draws it; do not write into it."""
+        return self._once(self.source.uniform, "uniform", name, shape, device)
+
+    def _once(self, make: Callable[..., Tensor], kind: str, name: str, shape: Sequence[int], device: torch.device | str) -> Tensor:
+        address = (kind, name, tuple(shape), torch.device(device))
+        if address not in self._drawn:
+            self._drawn[address] = make(name, shape, device)
+        return self._drawn[address]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..divergence import Match, compare, negative_elbo
 from ..model import Model
-from ..noise import Noise, NoiseSource
+from ..noise import DrawnOnce, Noise, NoiseSource
 from ..trace import Trace, noise_of, run
 
 
@@ -89,15 +89,16 @@ class Distiller(nn.Module):
         def inputs(model: Model) -> tuple[Tensor, ...]:
             return (model.images.encode(images),) if images is not None and reads else ()
 
-        shared: NoiseSource = noise
+        drawn: NoiseSource = DrawnOnce(noise)
+        shared = drawn
         target: Trace | None = None
         replayed: dict[str, Tensor] = {}
         if any(rule.weight for rule in self.rules):
             with torch.no_grad():
                 given = {} if images is None or reads else self._latents(images, noise)
-                target = run(teacher.program(self.program), *inputs(teacher), noise=noise, n=batch, given=given, device=teacher.device)
+                target = run(teacher.program(self.program), *inputs(teacher), noise=drawn, n=batch, given=given, device=teacher.device)
                 if given:
-                    shared = noise_of(target, noise)
+                    shared = noise_of(target, drawn)
                 replayed = target.values_of(self.replay) if self.replay else {}
         if self.share != "*":
             shared = PartlyShared(shared, noise.fold("the student's own"), self.share)
