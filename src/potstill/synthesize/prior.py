@@ -1,0 +1,402 @@
+"""A diffusion prior in the diffusers folder layout, as parts: text encoder, denoiser, decoder, scheduler.
+
+The parts are used, never a pipeline's ``__call__``, which runs under ``no_grad`` and so cannot be guided.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import BadInput
+from ..noise import Noise
+
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "dpmsolver++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "lcm": "LCMScheduler",
+    "flow_euler": "FlowMatchEulerDiscreteScheduler",
+}
+"""What a recipe calls them, and what diffusers does."""
+
+_DENOISERS = ("UNet2DModel", "UNet2DConditionModel")
+_DECODERS = ("AutoencoderKL", "AutoencoderTiny")
+_TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
+_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+_LAYOUTS = "unet (UNet2DModel or UNet2DConditionModel) and scheduler, with vae, and with text_encoder and tokenizer where it reads text"
+
+
+@dataclass(frozen=True)
+class Affine:
+    """The predicted clean sample as ``skip * noisy + out * network's output``, and ``noisy = alpha * clean + sigma * noise``."""
+
+    skip: float
+    out: float
+    alpha: float
+    sigma: float
+
+    @property
+    def level(self) -> float:
+        """Share of noise in the noisy sample, from 0 to 1: the std of the clean one given the noisy one, for data of variance 1."""
+        return self.sigma / (self.alpha**2 + self.sigma**2) ** 0.5
+
+
+def affine(scheduler: Any, index: int) -> Affine:
+    """How the network's output at the scheduler's step of that index turns into the predicted clean sample.
+
+    Follows the schedulers' own parametrization: variance-preserving (Ho et al., NeurIPS 2020), variance-exploding (Karras et al.,
+    NeurIPS 2022) or the straight path of flow matching (Lipman et al., ICLR 2023); prediction of noise, velocity (Salimans and
+    Ho, ICLR 2022), sample or flow.
+    """
+    kind, prediction = type(scheduler).__name__, getattr(scheduler.config, "prediction_type", "flow_prediction")
+    if kind == "FlowMatchEulerDiscreteScheduler" or prediction == "flow_prediction":
+        sigma = float(scheduler.sigmas[index])
+        return Affine(1.0, -sigma, 1 - sigma, sigma)
+    if kind in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"):
+        sigma = float(scheduler.sigmas[index])
+        scale = sigma**2 + 1
+        skip, out = {"epsilon": (1.0, -sigma), "v_prediction": (1 / scale, -sigma / scale**0.5)}.get(prediction, (0.0, 1.0))
+        return Affine(skip, out, 1.0, sigma)
+    if kind == "DPMSolverMultistepScheduler":
+        alpha, sigma = (float(v) for v in scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[index]))
+    else:
+        product = float(scheduler.alphas_cumprod[int(scheduler.timesteps[index])])
+        alpha, sigma = product**0.5, (1 - product) ** 0.5
+    skip, out = {"epsilon": (1 / alpha, -sigma / alpha), "v_prediction": (alpha, -sigma)}.get(prediction, (0.0, 1.0))
+    return Affine(skip, out, alpha, sigma)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Texts for the denoiser, several wordings for each class, or for all images where there are no classes.
+
+    Args:
+        wordings: one tuple of texts per class, in the order of the labels; a single one serves every label.
+        negative: what classifier-free guidance moves away from.
+    """
+
+    wordings: tuple[tuple[str, ...], ...]
+    negative: str = ""
+
+    def of(self, labels: Tensor | None, noise: Noise, n: int) -> list[str]:
+        """One text per image; which wording follows from the noise's row."""
+        chance = noise.uniform("wording", (n, 1))[:, 0].tolist()
+        classes = [0] * n if labels is None or len(self.wordings) == 1 else labels.tolist()
+        chosen = [self.wordings[c] for c in classes]
+        return [texts[int(u * len(texts))] for texts, u in zip(chosen, chance, strict=True)]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the denoiser is told beside the noisy sample.
+
+    Args:
+        arguments: of the denoiser, each ``(n, ...)``.
+        negative: the same without the class, for classifier-free guidance (Ho and Salimans, 2022), or ``None``.
+        strength: weight of that guidance; 1 is none.
+    """
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    negative: dict[str, Any] | None = None
+    strength: float = 1.0
+
+
+class Prior:
+    """The parts of a diffusers pipeline, frozen.
+
+    Args:
+        unet: denoiser.
+        scheduler: its noise schedule; copied for every run, for it keeps state.
+        vae: decoder of latents, or ``None`` where the denoiser works on pixels.
+        texts: (tokenizer, text encoder) pairs: none, one (Stable Diffusion 1 and 2) or two (XL).
+    """
+
+    def __init__(self, unet: nn.Module, scheduler: Any, vae: nn.Module | None = None, texts: Sequence[tuple[Any, nn.Module]] = ()):
+        self.unet, self.scheduler, self.vae, self.texts = unet, scheduler, vae, tuple(texts)
+        for net in (unet, vae, *(encoder for _, encoder in texts)):
+            if net is not None:
+                net.eval().requires_grad_(False)
+        if unet.config.in_channels != unet.config.out_channels:
+            raise BadInput(
+                f"prior: the denoiser reads {unet.config.in_channels} channels and predicts {unet.config.out_channels}; "
+                "inpainting models and learned variances are not supported"
+            )
+        self._embedded: dict[str, tuple[Tensor, Tensor]] = {}
+        self._linear: Tensor | None = None
+        self._tiny: nn.Module | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: Path | str,
+        *,
+        scheduler: str | None = None,
+        tiny: Path | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Prior:
+        """Load the parts from a folder that a diffusers pipeline saved, or from a Hub id. Safetensors only; no code of the folder runs.
+
+        Args:
+            path: folder or Hub id, such as ``stable-diffusion-v1-5/stable-diffusion-v1-5``.
+            scheduler: a key of :data:`SCHEDULERS`; by default the folder's own where it is one of them, else DDIM.
+            tiny: folder or Hub id of an ``AutoencoderTiny`` of the same latents, for cheap gradients.
+            dtype: of the networks.
+            device: of the networks.
+
+        Raises:
+            BadInput: diffusers is not installed, nothing is there, the layout is not known, or a file is broken.
+        """
+        try:
+            import diffusers
+        except ImportError:
+            raise BadInput("a diffusion prior needs diffusers and transformers: pip install 'potstill[diffusion]'") from None
+        folder = _folder(path)
+        index = _index(folder)
+        _known(folder, index)
+        try:
+            unet = getattr(diffusers, index["unet"]).from_pretrained(
+                folder / "unet", torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False
+            )
+            vae = None
+            if "vae" in index:
+                vae = getattr(diffusers, index["vae"]).from_pretrained(
+                    folder / "vae", torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False
+                )
+            texts = []
+            for suffix in ("", "_2"):
+                if f"text_encoder{suffix}" in index:
+                    import transformers
+
+                    encoder = getattr(transformers, index[f"text_encoder{suffix}"]).from_pretrained(
+                        folder / f"text_encoder{suffix}", dtype=dtype, use_safetensors=True
+                    )
+                    tokenizer = getattr(transformers, index[f"tokenizer{suffix}"]).from_pretrained(folder / f"tokenizer{suffix}")
+                    texts.append((tokenizer, encoder.to(device)))
+            own = index["scheduler"]
+            name = SCHEDULERS[scheduler] if scheduler else (own if own in SCHEDULERS.values() else SCHEDULERS["ddim"])
+            made = getattr(diffusers, name).from_config(_json(folder / "scheduler" / "scheduler_config.json"))
+            prior = cls(unet.to(device), made, None if vae is None else vae.to(device), texts)
+            if tiny is not None:
+                cheap = diffusers.AutoencoderTiny.from_pretrained(tiny, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False)
+                prior._tiny = cheap.to(device).eval().requires_grad_(False)
+        except BadInput:
+            raise
+        except Exception as error:
+            text = (str(error).splitlines() or [type(error).__name__])[0]
+            raise BadInput(f"prior {path}: cannot be loaded: {text}") from None
+        return prior
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.unet.parameters()).dtype
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)`` of what is denoised."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet.config.in_channels, height, width
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)`` of its pictures."""
+        channels, height, width = self.latent_shape
+        if self.vae is None:
+            return channels, height, width
+        factor = 2 ** (len(self._blocks()) - 1)
+        return self.vae.config.out_channels, height * factor, width * factor
+
+    def _blocks(self) -> Sequence[int]:
+        config = self.vae.config if self.vae is not None else {}
+        blocks: Sequence[int] = getattr(config, "block_out_channels", None) or config.decoder_block_out_channels
+        return blocks
+
+    def parameters(self) -> int:
+        """Number of parameters of all parts."""
+        nets = [self.unet, self.vae, self._tiny, *(encoder for _, encoder in self.texts)]
+        return sum(p.numel() for net in nets if net is not None for p in net.parameters())
+
+    # ------------------------------------------------------------------ condition
+
+    def condition(self, prompts: Sequence[str] | None, labels: Tensor | None, negative: str = "", strength: float = 1.0) -> Condition:
+        """What the denoiser is told of each image.
+
+        Args:
+            prompts: one text per image, for a denoiser that reads text.
+            labels: ``(n,)`` int64, for a denoiser conditioned on classes.
+            negative: text that classifier-free guidance moves away from.
+            strength: of that guidance; 1 is none.
+
+        Raises:
+            BadInput: the denoiser wants what is not given, or a label that it does not know.
+        """
+        if self.texts:
+            if prompts is None:
+                raise BadInput("prior: it reads text; give prompts")
+            embedded = [self._embed(p) for p in prompts]
+            nothing = self._embed(negative) if strength != 1 else None
+            return Condition(self._arguments(embedded), None if nothing is None else self._arguments([nothing] * len(embedded)), strength)
+        if strength != 1:
+            raise BadInput("prior: it reads no text, so there is no classifier-free guidance; leave guidance_scale at 1")
+        classes = getattr(self.unet.config, "num_class_embeds", None)
+        if not classes:
+            return Condition()
+        if labels is None:
+            raise BadInput(f"prior: it is conditioned on {classes} classes; give classes")
+        if int(labels.max()) >= classes:
+            raise BadInput(f"prior: label {int(labels.max())}, but it knows {classes} classes")
+        return Condition({"class_labels": labels.to(self.device)})
+
+    @torch.no_grad()
+    def _embed(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """One text, encoded once however many images it is for: ``(tokens, width)`` and the pooled ``(width,)``."""
+        if prompt not in self._embedded:
+            states, pooled = [], torch.empty(0)
+            for tokenizer, encoder in self.texts:
+                tokens = tokenizer(
+                    prompt, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+                )
+                mask = tokens.attention_mask.to(self.device) if getattr(encoder.config, "use_attention_mask", None) else None
+                found = encoder(tokens.input_ids.to(self.device), attention_mask=mask, output_hidden_states=len(self.texts) > 1)
+                if len(self.texts) > 1:  # XL takes the last layer but one of both, and the second's pooled vector
+                    states.append(found.hidden_states[-2])
+                    pooled = found[0][0]
+                else:
+                    states.append(found[0])
+            self._embedded[prompt] = torch.cat(states, -1)[0], pooled
+        return self._embedded[prompt]
+
+    def _arguments(self, embedded: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"encoder_hidden_states": torch.stack([states for states, _ in embedded]).to(self.dtype)}
+        if len(self.texts) > 1:
+            _, height, width = self.image_shape
+            ids = torch.tensor([[height, width, 0, 0, height, width]], device=self.device, dtype=self.dtype)
+            pooled = torch.stack([p for _, p in embedded]).to(self.dtype)
+            arguments["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids.expand(len(embedded), -1)}
+        if getattr(self.unet.config, "time_cond_proj_dim", None):
+            raise BadInput("prior: a denoiser with an embedded guidance scale (a distilled LCM) is not supported; use its LoRA-free form")
+        return arguments
+
+    def predict(self, noisy: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The network's output for ``(n, C, H, W)``, with classifier-free guidance where the condition has a negative."""
+        if condition.negative is None:
+            output: Tensor = self.unet(noisy, t, **condition.arguments, return_dict=False)[0]
+            return output
+        both = _join(condition.negative, condition.arguments)
+        without, along = self.unet(torch.cat([noisy] * 2), t, **both, return_dict=False)[0].chunk(2)
+        return without + condition.strength * (along - without)
+
+    # ------------------------------------------------------------------ decode
+
+    def decode(self, latents: Tensor, how: str = "vae") -> Tensor:
+        """Latents ``(n, C, H, W)`` to images ``(n, C, H, W)``, about [0, 1], unclipped.
+
+        Args:
+            latents: as the denoiser's clean sample.
+            how: "vae" for the whole decoder; "tiny" for the AutoencoderTiny, or "linear" for a linear map of each latent pixel to a
+                color (see :meth:`fit_linear`), both only good enough for a gradient.
+        """
+        if self.vae is None:
+            return latents.float() * 0.5 + 0.5
+        if how == "linear":
+            if self._linear is None:
+                raise RuntimeError("fit_linear() comes before a linear decode")
+            ones = torch.ones_like(latents[:, :1], dtype=torch.float32)
+            return torch.einsum("oc,nchw->nohw", self._linear, torch.cat([latents.float(), ones], 1))
+        if how == "tiny":
+            if self._tiny is None:
+                raise BadInput("prior: decode tiny needs the folder or id of an AutoencoderTiny in prior.tiny")
+            found: Tensor = self._tiny.decode(latents.to(self.dtype), return_dict=False)[0]
+            return found.float() * 0.5 + 0.5
+        config = self.vae.config
+        scaled = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        image: Tensor = self.vae.decode(scaled.to(self.dtype), return_dict=False)[0]
+        return image.float() * 0.5 + 0.5
+
+    @torch.no_grad()
+    def fit_linear(self, latents: Tensor) -> float:
+        """Fit the linear decode by least squares to the whole decoder's images of some latents, and return the share of variance it leaves.
+
+        Args:
+            latents: ``(n, C, H, W)``, clean samples of this prior.
+        """
+        if self.vae is None:
+            return 0.0
+        pictures = torch.cat([self.decode(part) for part in latents.split(16)])
+        target = F.adaptive_avg_pool2d(pictures, latents.shape[-2:]).movedim(1, -1).flatten(0, 2).double()
+        rows = latents.double().movedim(1, -1).flatten(0, 2)
+        rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
+        solution = torch.linalg.lstsq(rows.cpu(), target.cpu()).solution
+        self._linear = solution.T.float().to(latents.device)
+        rest = (rows.cpu() @ solution - target.cpu()).pow(2).sum() / (target.cpu() - target.cpu().mean(0)).pow(2).sum().clamp_min(1e-12)
+        return float(rest)
+
+
+def _join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Two sets of arguments, one batch after the other."""
+    return {k: _join(v, second[k]) if isinstance(v, dict) else torch.cat([v, second[k]]) for k, v in first.items()}
+
+
+def _folder(path: Path | str) -> Path:
+    if Path(path).is_dir():
+        return Path(path)
+    text = str(path)
+    if text.count("/") != 1 or text.startswith((".", "/")):
+        raise BadInput(f"prior {path}: no such folder, and not a Hub id of the form owner/name")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.safetensors"]
+    try:
+        return Path(snapshot_download(text, allow_patterns=patterns, ignore_patterns=["*fp16*", "*non_ema*", "safety_checker/*"]))
+    except Exception as error:  # the hub's own errors, and those of the network below it
+        raise BadInput(f"prior {path}: not a folder here, and the Hub cannot be asked: {(str(error).splitlines() or [''])[0]}") from None
+
+
+def _json(path: Path) -> Any:
+    try:
+        if path.stat().st_size > 1 << 20:
+            raise BadInput(f"{path}: more than 1 MiB; a configuration is expected")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"{path}: cannot be read as JSON; a diffusers folder has one there") from None
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """Class names of a pipeline's parts; those that are null are left out."""
+    content = _json(folder / "model_index.json")
+    if not isinstance(content, dict):
+        raise BadInput(f"{folder / 'model_index.json'}: a mapping is expected")
+    parts = {k: v for k, v in content.items() if isinstance(v, list) and len(v) == 2 and all(isinstance(name, str) for name in v)}
+    return {name: kind for name, (_, kind) in parts.items()}
+
+
+def _known(folder: Path, index: dict[str, str]) -> None:
+    """Refuse every layout but those that are supported, before any class is looked up by a name from the folder."""
+    wanted = {"unet": _DENOISERS, "vae": _DECODERS, "vqvae": ()}
+    wanted |= {f"text_encoder{s}": _TEXT_ENCODERS for s in ("", "_2")} | {f"tokenizer{s}": _TOKENIZERS for s in ("", "_2")}
+    problem = next((f"{name} is a {index[name]}" for name, kinds in wanted.items() if name in index and index[name] not in kinds), None)
+    if problem is None:
+        needed = ["unet", "scheduler", *(f"tokenizer{s}" for s in ("", "_2") if f"text_encoder{s}" in index)]
+        problem = next((f"it has no {name}" for name in needed if name not in index), None)
+    if problem is None:
+        extra = sorted(index.keys() - wanted.keys() - {"scheduler", "safety_checker", "feature_extractor", "image_encoder"})
+        problem = f"it has a part {extra[0]!r}" if extra else None
+    if problem:
+        raise BadInput(f"prior {folder}: {problem}; expected a pipeline of {_LAYOUTS}")
