@@ -356,6 +356,7 @@ def test_negative_elbo_is_the_direct_formula(prior):
     assert torch.allclose(parts["z0"], 0.5 * (((z1 - mean) ** 2 + 0.49) / variance - 1 - math.log(0.49 / variance)).sum(1))
     assert torch.allclose(parts["out"], (0.5 * ((x - 2 * z0) / 0.2) ** 2 + math.log(0.2) + 0.5 * math.log(2 * math.pi)).sum(1))
     assert list(latent_kl(trace)) == ["z1", "z0"]
+    assert list(latent_kl(trace, "z[0]")) == ["z0"]
 
 
 def test_the_elbo_is_the_evidence_where_the_posterior_is_exact():

@@ -139,16 +139,22 @@ def total(losses: dict[str, Tensor]) -> Tensor:
     return torch.stack(list(losses.values())).sum(0)
 
 
-def latent_kl(trace: Trace) -> dict[str, Tensor]:
+def latent_kl(trace: Trace, nodes: str = "*") -> dict[str, Tensor]:
     """KL(posterior || prior) of every latent node of an inference trace, in nats, each ``(batch,)``.
 
     A node's prior is the one that the program handed over; without one, a normal's prior is standard.
+
+    Args:
+        trace: of an inference program.
+        nodes: shell pattern of the latents' names.
 
     Raises:
         ValueError: a latent that is not normal has no prior.
     """
     divergences = {}
     for name, node in trace.latents().items():
+        if not fnmatchcase(name, nodes):
+            continue
         prior = node.prior
         if prior is None:
             if not isinstance(node.dist, Normal):
