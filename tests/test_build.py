@@ -11,7 +11,7 @@ from potstill import build, config
 from potstill.divergence import hinton, wasserstein2
 from potstill.errors import BadInput
 from potstill.evaluate.cost import parameters
-from potstill.families.classifier import Classifier
+from potstill.families.classifier import Classifier, ResNet
 from potstill.families.lvae import LVAE
 from potstill.families.vae import VAE
 
@@ -19,6 +19,7 @@ NETS = [
     config.LVAENet(kind="lvae", image=(1, 8, 8), width=4, levels=2, latent=2),
     config.VAENet(kind="vae", image=(1, 8, 8), width=4, latent=2),
     config.ClassifierNet(kind="classifier", image=(1, 8, 8), classes=3, width=4),
+    config.ResNetNet(kind="resnet", image=(1, 8, 8), classes=3, depth=8, width=4, mean=(0.25,), std=(0.5,)),
 ]
 
 
@@ -70,7 +71,9 @@ def test_every_model_of_the_zoo_loads(name):
 
 
 @pytest.mark.parametrize(
-    "net", [LVAE((1, 8, 8), 32, 3, 4), VAE((1, 8, 8), 24, 4), Classifier((1, 8, 8), 10, 16)], ids=["lvae", "vae", "classifier"]
+    "net",
+    [LVAE((1, 8, 8), 32, 3, 4), VAE((1, 8, 8), 24, 4), Classifier((1, 8, 8), 10, 16), ResNet((1, 8, 8), 10, 8, 16)],
+    ids=["lvae", "vae", "classifier", "resnet"],
 )
 @pytest.mark.parametrize("ratio", [1.5, 4, 12, 1e6])
 def test_the_width_for_a_ratio_is_the_nearest(net, ratio):
@@ -115,6 +118,10 @@ def test_features_have_the_fingerprint_of_their_network(tmp_path):
     assert found[0].digest == found[2].digest != found[1].digest
     x = torch.rand(6, *shape)
     assert torch.allclose(torch.from_numpy(found[0].of(x)), nets[0].eval().features(x), atol=1e-6)
+    net = build.born(0, "judge", lambda: ResNet(shape, 3, 8, 2, (0.5,), (0.25,)))
+    net.save_pretrained(tmp_path / "resnet")
+    seen = build.features(f"classifier:{tmp_path / 'resnet'}", cpu, (), 4, shape).of(x)
+    assert torch.allclose(torch.from_numpy(seen), net.eval().features((x - 0.5) / 0.25), atol=1e-6)
     assert build.features("pixels", cpu, (), 4, shape).of(x).shape == (6, 64)
     with pytest.raises(BadInput, match=r"evaluate\.features: features 'pixels': found images in"):
         build.features("pixels", cpu, (), 4, shape).of(2 + x)

@@ -253,7 +253,27 @@ def test_a_teacher_from_the_hub(place, refused, monkeypatch):
 
 def test_a_teacher_that_does_not_generate(refused, place):
     Classifier((1, 8, 8), 4, 2).save_pretrained(place.folder / "judge")
-    refused("teacher: a Classifier does not generate", teacher={"kind": "pretrained", "path": "./judge"})
+    judge = {"kind": "pretrained", "path": "./judge"}
+    none = "surrogate: kind ancestral draws from the teacher's own prior, but a Classifier does not generate"
+    refused(none, teacher=judge, distill={"generate": None})
+    with_data = {"teacher": judge, "arms": ["with_data"], "surrogate": None}
+    refused("distill.generate: the teacher, a Classifier, does not generate; set generate: null", **with_data)
+    elbo = {"generate": None, "infer": {"elbo": 0.5}}
+    refused("distill.infer.elbo: a classifier has no ELBO; leave it out", distill=elbo, **with_data)
+    refused("distill.infer.augment.shift: 8 pixels, but images are 8x8", distill={"infer": {"augment": {"shift": 8}}})
+
+
+@pytest.mark.parametrize("arms", [["scratch"], ["with_data"]])
+def test_labels_that_do_not_fit_a_classifier(refused, place, arms):
+    Classifier((1, 8, 8), 3, 2).save_pretrained(place.folder / "judge")
+    sections = {"teacher": {"kind": "pretrained", "path": "./judge"}, "distill": {"generate": None}, "surrogate": None, "arms": arms}
+    refused("data: label 3, but the teacher's labels are 3", **sections)
+    np.savez(place.folder / "plain.npz", digits_like(40)[0])
+    refused("data: has no labels, which a classifier needs", data=data("npz", "plain.npz"), **sections)
+    module(place, "other", "from potstill.families.classifier import Classifier\ndef four(): return Classifier((1, 8, 8), 4, 2).model()")
+    student = {"student": {"target": "other:four"}, "arguments": ["--import", "other"]}
+    alone = {"evaluate": None, "report": None, "arms": ["with_data"]}
+    refused("student: it tells 4 labels apart, its teacher 3", **(sections | student | alone))
 
 
 # ------------------------------------------------------------------ students

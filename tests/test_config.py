@@ -107,6 +107,7 @@ def test_what_yaml_1_2_takes_for_text_stays_text(tmp_path, text):
         ("data: {kind: parquet, path: x}", config.FileData),
         ("teacher: {kind: pretrained, path: x}", config.Pretrained),
         ("teacher: {kind: weights, path: x, net: {kind: vae, image: [3, 32, 32]}}", config.Weights),
+        ("teacher: {kind: weights, path: x, net: {kind: resnet, image: [3, 32, 32], classes: 10, mean: [.5, .5, .5]}}", config.Weights),
         ("teacher: {kind: python, target: 'a.b:c', arguments: {n: [1, null, {x: 1.5}]}}", config.Python),
     ],
 )
@@ -166,6 +167,11 @@ compute: {device: gpu, threads: true}
             "teacher: {kind: weights, path: x, net: {kind: vae, image: [1, 8, 8], latnet: 3}}",
             "teacher.net.latnet: unknown key; did you mean latent?",
         ),
+        (
+            "train: {model: {kind: resnet, image: [1, 8, 8], classes: 3, dept: 20}}",
+            "train.model.dept: unknown key; did you mean depth?",
+        ),
+        ("train: {model: {kind: vae, image: [1, 8, 8]}, augment: {shft: 2}}", "train.augment.shft: unknown key; did you mean shift?"),
         ("data: {kind: folder, path: x, python: 3}", "data.python: unknown key"),
         ("python: 3", "python: unknown key"),
         ("weights: 3", "weights: unknown key"),
@@ -226,8 +232,25 @@ NETWORK = "train: {model: {kind: vae, image: [1, 8, 8]}}"
         (NETWORK, ["train: needs data"]),
         ("teacher: {kind: trained}", ["teacher: kind trained needs a train section"]),
         (
-            "data: {kind: digits}\nteacher: {kind: trained}\ntrain: {model: {kind: classifier, image: [1, 8, 8], classes: 10}}",
-            ["teacher: kind trained needs a train.model that generates; a classifier does not"],
+            "data: {kind: digits}\nteacher: {kind: trained}\ntrain: {model: {kind: resnet, image: [1, 8, 8], classes: 10}}\n"
+            "student: {width: 1}\ndistill: {infer: null}",
+            ["distill.generate: train.model is a classifier, which does not generate; set generate: null"],
+        ),
+        (
+            "teacher: {kind: pretrained, path: x}\nstudent: {width: 1}\ndistill: {generate: null}",
+            ["distill.infer: trains the encoder on surrogate images and needs a surrogate section"],
+        ),
+        (
+            "teacher: {kind: pretrained, path: x}\nstudent: {width: 1}\ndistill: {generate: null, infer: null}\nsurrogate: {}",
+            ["arm student_data_free: without generate and infer it has no phase"],
+        ),
+        (
+            "teacher: {kind: pretrained, path: x}\nstudent: {width: 1}\ndistill: {generate: null}\nsurrogate: {}\n"
+            "arms: [{kind: data_free, infer: false}, {kind: data_free, name: mine, share: z}]",
+            [
+                "arm student_data_free: without generate and infer it has no phase",
+                "arm mine: replay and share are of the phase generate, which is null",
+            ],
         ),
         ("surrogate: {}", ["surrogate: needs a teacher"]),
         (

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
+from torch.distributions import Categorical
 
 from . import config, data
 from .divergence import Divergence, Match, hinton, kl, mse, reverse_kl, wasserstein2
 from .errors import BadInput, Failed
 from .evaluate.cost import parameters
-from .families.classifier import Classifier
+from .families.classifier import Classifier, ResNet
 from .families.lvae import LVAE
 from .families.vae import VAE
 from .model import Model
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(__file__).parent
 ZOO = PACKAGE / "zoo"
-Network = LVAE | VAE | Classifier
+Network = LVAE | VAE | Classifier | ResNet
 _NET: TypeAdapter[config.Net] = TypeAdapter(config.Net)
 
 
@@ -88,6 +89,8 @@ def network(net: config.Net) -> Network:
                 return VAE(net.image, net.width, net.latent, net.std)
             case config.ClassifierNet():
                 return Classifier(net.image, net.classes, net.width)
+            case config.ResNetNet():
+                return ResNet(net.image, net.classes, net.depth, net.width, net.mean, net.std)
     except ValueError as error:
         raise BadInput(str(error)) from None
     except (RuntimeError, MemoryError, OverflowError) as error:  # it does not fit in memory, or in a tensor
@@ -107,7 +110,9 @@ def load_weights(net: nn.Module, path: Path) -> None:
 
 def _check_weights(tensors: dict[str, Tensor], net: nn.Module, path: Path) -> None:
     expected = net.state_dict()
-    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    # BatchNorm's counter of batches, which older checkpoints lack, has no part in what a network computes.
+    needed = {name for name in expected if not name.endswith("num_batches_tracked")}
+    missing, extra = sorted(needed - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
         lines = [
             f"{what} {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
@@ -230,7 +235,7 @@ def teacher(section: config.Teacher, trained: Path, allowed: Sequence[str]) -> M
         allowed: modules that code may come from.
 
     Raises:
-        BadInput: it cannot be loaded, or does not generate images of its shape that are finite.
+        BadInput: it cannot be loaded, or does not generate images of its shape, or infer them or their labels, that are finite.
     """
     match section:
         case config.Pretrained():
@@ -246,22 +251,27 @@ def teacher(section: config.Teacher, trained: Path, allowed: Sequence[str]) -> M
         case config.Python():
             model = _own_model(section.target, allowed, **section.arguments)
     model = model.frozen()
-    if model.generate is None:
-        raise BadInput(f"teacher: a {type(model.net).__name__} does not generate; distilling it is not supported yet")
-    _check_images(model, "teacher")
+    if model.generate is None and model.infer is None:
+        raise BadInput(f"teacher: the {type(model.net).__name__} has neither a generate nor an infer program")
+    _check_output(model, "infer" if model.generate is None else "generate")
     return model
 
 
-def _check_images(model: Model, who: str) -> None:
+def _check_output(teacher: Model, program: str) -> None:
+    """See that a teacher's program runs, and that two images, or the logits of two, come out finite."""
+    shape = tuple(teacher.images.shape)
+    inputs = () if program == "generate" else (teacher.images.encode(torch.full((2, *shape), 0.5, device=teacher.device)),)
     try:
         with torch.no_grad():
-            x = run(model.program("generate"), noise=Noise((0,)), n=2, device=model.device).out.dist.mean
+            out = run(teacher.program(program), *inputs, noise=Noise((0,)), n=2, device=teacher.device).out.dist
+            labels = isinstance(out, Categorical)
+            x = out.logits if labels else out.mean
     except Exception as error:
-        raise BadInput(f"{who}: its generate program fails: {reason(error)}") from None
-    if tuple(x.shape) != (2, *model.images.shape):
-        raise BadInput(f"{who}: for 2 images of {tuple(model.images.shape)} it generates {tuple(x.shape)}")
+        raise BadInput(f"teacher: its {program} program fails: {reason(error)}") from None
+    if tuple(x.shape) != (2, *shape) and not (labels and program == "infer" and x.shape[:-1] == (2,)):
+        raise BadInput(f"teacher: for 2 images of {shape} it {program}s {tuple(x.shape)}")
     if not x.isfinite().all():
-        raise BadInput(f"{who}: it generates NaN or infinite pixels; look at its weights")
+        raise BadInput(f"teacher: it {program}s NaN or infinite {'logits' if labels else 'pixels'}; look at its weights")
 
 
 def width_for(net: Network, ratio: float) -> int:
@@ -290,7 +300,7 @@ def student(section: config.Student, of: Model, seed: int, allowed: Sequence[str
         model: Model = born(seed, "student", lambda: _own_model(target, allowed, **section.arguments))
     else:
         net = of.net
-        if not isinstance(net, (LVAE, VAE, Classifier)):
+        if not isinstance(net, Network):
             raise BadInput(
                 f"student: width and ratio are for potstill's own families; the teacher is a {type(net).__name__}. Give a target"
             )
@@ -360,7 +370,7 @@ def features(text: str, device: torch.device, allowed: Sequence[str], batch: int
         return FeatureSource(pixels(), "pixels")
     if kind == "classifier" and rest:
         net = pretrained(rest)
-        if not isinstance(net, Classifier):
+        if not isinstance(net, (Classifier, ResNet)):
             raise BadInput(f"evaluate.features: {rest} is a {type(net).__name__}; a classifier is expected")
         if net.image != tuple(shape):
             raise BadInput(f"evaluate.features: the classifier {rest} takes images of {net.image}, the data's are {tuple(shape)}")
@@ -374,12 +384,12 @@ def features(text: str, device: torch.device, allowed: Sequence[str], batch: int
 
 
 class _Body(nn.Module):
-    def __init__(self, net: Classifier):
+    def __init__(self, net: Classifier | ResNet):
         super().__init__()
-        self.net = net
+        self.net, self.images = net, net.model().images
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net.features(x)
+        return self.net.features(self.images.encode(x))
 
 
 def digest_of(net: nn.Module) -> str:

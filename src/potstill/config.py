@@ -74,6 +74,7 @@ NotNegative = Annotated[float, Field(ge=0), _NUMERIC]
 Fraction = Annotated[float, Field(ge=0, lt=1), _NUMERIC]
 Seed = Annotated[int, Field(ge=0, lt=2**63), _NUMERIC]
 Side = Annotated[int, Field(ge=2, le=4096), _NUMERIC]
+PerChannel = Annotated[tuple[Annotated[float, _NUMERIC], ...], Field(min_length=1, max_length=4)]
 ImageShape = tuple[Annotated[int, Field(ge=1, le=4), _NUMERIC], Side, Side]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Target = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
@@ -147,7 +148,20 @@ class ClassifierNet(Section):
     width: Count = 32
 
 
-Net = Annotated[LVAENet | VAENet | ClassifierNet, Field(discriminator="kind")]
+class ResNetNet(Section):
+    """Residual classifier for small images of He et al., CVPR 2016; a wide one where the width is larger."""
+
+    kind: Literal["resnet"]
+    image: ImageShape
+    classes: Annotated[int, Field(ge=2, le=2**20), _NUMERIC]
+    depth: Annotated[int, Field(ge=8, le=2000), _NUMERIC] = Field(default=20, description="layers: 6 n + 2")
+    width: Count = 16
+    mean: PerChannel = Field(default=(0.0,), description="of the pixels in [0, 1] that it was trained on: one number, or one per channel")
+    std: PerChannel = Field(default=(1.0,), description="of those pixels, likewise")
+
+
+Net = Annotated[LVAENet | VAENet | ClassifierNet | ResNetNet, Field(discriminator="kind")]
+CLASSIFIERS = (ClassifierNet, ResNetNet)
 
 
 class Pretrained(Section):
@@ -205,6 +219,14 @@ class Student(Section):
 # ------------------------------------------------------------------ what is done with them
 
 
+class Augment(Section):
+    """Random changes of the training images, drawn anew at every update. Off where the section is absent."""
+
+    shift: Annotated[int, Field(ge=0, le=4096), _NUMERIC] = Field(default=0, description="most pixels by which an image is moved, each way")
+    padding: Literal["zero", "reflect"] = Field(default="zero", description="what comes in at the side that an image is moved from")
+    flip: bool = Field(default=False, description="mirror every other image, left to right")
+
+
 class Training(Section):
     """Updates of one phase."""
 
@@ -222,6 +244,7 @@ class Training(Section):
     ema: Fraction = Field(
         default=0.0, description="decay per update of an exponential moving average of the weights, which is what is kept; 0 is off"
     )
+    augment: Augment | None = Field(default=None, description="of real or surrogate images; noise is not augmented")
 
 
 class Train(Training):
@@ -261,15 +284,19 @@ class Generator(Training):
 
 
 class Encoder(Training):
-    """Second phase: the student's encoder on images, its generator frozen."""
+    """Second phase: the student's encoder on images, its generator frozen. Without a first phase, all that inference uses."""
 
-    rules: tuple[Rule, ...] = (Rule(nodes="z*", by="kl", weight=0.0), Rule(nodes="out", by="kl", weight=0.0))
+    rules: tuple[Rule, ...] | None = Field(
+        default=None, description="by default none where there is an ELBO, and for a classifier hinton at temperature 4"
+    )
     replay: Pattern = ""
-    elbo: NotNegative = Field(default=1.0, description="weight of the student's own negative ELBO of the images")
+    elbo: NotNegative | None = Field(
+        default=None, description="weight of the student's own negative ELBO of the images; by default 1, and 0 for a classifier"
+    )
 
 
 class Scratch(Training):
-    """The one phase of a student without a teacher: the ELBO on real images."""
+    """The one phase of a student without a teacher: the ELBO on real images, or for a classifier the cross-entropy of their labels."""
 
     beta: NotNegative = Field(default=1.0, description="weight of the latents' KL")
     beta_warmup: NotNegative = Field(default=200, description="updates over which beta rises from 0")
@@ -278,10 +305,11 @@ class Scratch(Training):
 class Distill(Section):
     """The two phases of a distilled student, and the one of a student from scratch.
 
-    ``infer: null`` leaves the encoder as it was born.
+    ``infer: null`` leaves the encoder as it was born. ``generate: null`` is for classifiers, and for autoencoders whose prior
+    cannot be sampled: the one phase "infer" then trains all that inference uses, on images.
     """
 
-    generate: Generator = Generator()
+    generate: Generator | None = Generator()
     infer: Encoder | None = Encoder()
     scratch: Scratch = Scratch()
 
@@ -290,7 +318,7 @@ class Arm(Section):
     """One row of the table: a way to make the student.
 
     ``data_free`` sees no data. ``with_data`` is distilled on real images by the same losses. ``scratch`` has no teacher: the
-    ELBO on real images.
+    ELBO, or a classifier's cross-entropy, on real images.
     """
 
     kind: Literal["data_free", "with_data", "scratch"]
@@ -383,8 +411,8 @@ class Recipe(Section):
         if isinstance(self.teacher, Trained):
             if not self.train:
                 problems.append("teacher: kind trained needs a train section")
-            elif isinstance(self.train.model, ClassifierNet):
-                problems.append("teacher: kind trained needs a train.model that generates; a classifier does not")
+            elif isinstance(self.train.model, CLASSIFIERS) and self.distill and self.distill.generate:
+                problems.append("distill.generate: train.model is a classifier, which does not generate; set generate: null")
         if self.surrogate and not self.teacher:
             problems.append("surrogate: needs a teacher")
         if self.distill and not self.teacher:
@@ -393,7 +421,14 @@ class Recipe(Section):
             problems.append("distill: needs a student")
         kinds = {arm.kind for arm in self.arms}
         if self.distill and self.distill.infer and not self.surrogate and "data_free" in kinds:
-            problems.append("distill.infer: trains the encoder on surrogate images and needs a surrogate section, or infer: null")
+            way_out = ", or infer: null" if self.distill.generate else ""
+            problems.append(f"distill.infer: trains the encoder on surrogate images and needs a surrogate section{way_out}")
+        if self.distill and not self.distill.generate:
+            for arm in self.arms:
+                if arm.kind != "scratch" and not (self.distill.infer and arm.infer):
+                    problems.append(f"arm {arm.title}: without generate and infer it has no phase")
+                if arm.replay is not None or arm.share is not None:
+                    problems.append(f"arm {arm.title}: replay and share are of the phase generate, which is null")
         if self.distill and not self.data and kinds != {"data_free"}:
             problems.append("arms: with_data and scratch need data")
         if self.evaluate and not self.distill:
@@ -546,7 +581,7 @@ _SHORT.maxstring = _SHORT.maxother = 80
 
 def _dotted(location: Sequence[int | str]) -> str:
     """The path as the user wrote it: without the names that pydantic gives to the members of a union."""
-    unions, tags = {"data", "teacher", "net", "model"}, {"digits", "folder", "parquet", "npz", "lvae", "vae", "classifier"}
+    unions, tags = {"data", "teacher", "net", "model"}, {"digits", "folder", "parquet", "npz", "lvae", "vae", "classifier", "resnet"}
     tags |= {"pretrained", "trained", "weights", "python"}
     before = ["", *location]
     parts = [str(p) for p, parent in zip(location, before, strict=False) if not (parent in unions and p in tags)]

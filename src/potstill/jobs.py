@@ -19,12 +19,13 @@ from torch import Tensor
 
 from . import build, config
 from .data import Dataset
+from .distill.augment import augmented
 from .distill.distiller import Classification, Distiller, Elbo, reached, train_only
 from .distill.loop import Batch, Log, Phase, fit
 from .divergence import total
 from .errors import BadInput, BrokenFile, Locked
 from .evaluate.cost import parameters
-from .families.classifier import Classifier
+from .families.classifier import classes_of
 from .model import Model
 from .noise import Noise
 from .state import States, lock, os_error, publish, read_json, save_tensors, sha256, write_json
@@ -69,6 +70,11 @@ class Workshop:
         model = build.teacher(self.recipe.teacher, self.folder / "teacher", self.allowed)
         model.net.to(self.device, memory_format=torch.channels_last)  # convolutions run up to twice as fast
         return model
+
+    @cached_property
+    def classes(self) -> int | None:
+        """How many labels the teacher tells apart; ``None`` for one that is no classifier."""
+        return classes_of(self.teacher)
 
     @cached_property
     def teacher_digest(self) -> str:
@@ -159,17 +165,22 @@ def updates(recipe: config.Recipe, arm: config.Arm) -> dict[str, int]:
     distill = recipe.distill or config.Distill()
     if arm.kind == "scratch":
         return {"scratch": arm.steps or distill.scratch.steps}
-    phases = {"generate": arm.steps or distill.generate.steps}
-    return phases | ({"infer": distill.infer.steps} if distill.infer and arm.infer else {})
+    phases = {"generate": distill.generate.steps} if distill.generate else {}
+    if distill.infer and arm.infer:
+        phases["infer"] = distill.infer.steps
+    if arm.steps:
+        phases[next(iter(phases))] = arm.steps
+    return phases
 
 
-def _loader(images: npt.NDArray[np.uint8], device: torch.device) -> Callable[[Batch], Tensor]:
+def _loader(images: npt.NDArray[np.uint8], device: torch.device, augment: config.Augment | None) -> Callable[[Batch], Tensor]:
     pixels = torch.from_numpy(images)
 
     def load(batch: Batch) -> Tensor:
         if batch.index is None:
             raise RuntimeError("a phase on images was given a batch without them")
-        return pixels[batch.index].to(device, non_blocking=True).float().div_(255)
+        x = pixels[batch.index].to(device, non_blocking=True).float().div_(255)
+        return augmented(x, augment, batch.noise.fold("augment")) if augment else x
 
     return load
 
@@ -178,21 +189,54 @@ def _beta(training: config.Scratch | config.Train, step: int) -> float:
     return min(1.0, (step + 1) / training.beta_warmup) if training.beta_warmup else 1.0
 
 
+def _inference(distill: config.Distill, classifier: bool) -> tuple[tuple[config.Rule, ...], float]:
+    """Rules of the phase on images, and the weight of its ELBO, where the recipe leaves them to the kind of the teacher."""
+    section = distill.infer or config.Encoder()
+    if classifier and section.elbo:
+        raise BadInput("distill.infer.elbo: a classifier has no ELBO; leave it out")
+    usual = config.Rule(nodes="out", by="hinton", temperature=4.0) if classifier else config.Rule(weight=0.0)
+    elbo = section.elbo if section.elbo is not None else float(not classifier)
+    return (usual,) if section.rules is None else section.rules, elbo
+
+
 def _objective(distill: config.Distill, arm: config.Arm, name: str, teacher: Model, student: Model) -> Distiller:
     """What the phase of that name trains."""
     if name == "generate":
-        generate = distill.generate
+        generate = distill.generate or config.Generator()
         replay = arm.replay if arm.replay is not None else generate.replay
         share = arm.share if arm.share is not None else generate.share
         return Distiller(teacher, student, build.rules(generate.rules), "generate", replay, share)
     infer = distill.infer or config.Encoder()
-    return Distiller(teacher, student, build.rules(infer.rules), "infer", infer.replay, elbo=infer.elbo)
+    rules, elbo = _inference(distill, classes_of(teacher) is not None)
+    return Distiller(teacher, student, build.rules(rules), "infer", infer.replay, elbo=elbo)
 
 
-def _learns(student: Model, name: str) -> set[str]:
-    """Names of the parameters that the phase of that name trains: the generator's, or those that only inference uses."""
-    generator = reached(student, "generate")
-    return generator if name == "generate" else reached(student, "infer") - generator
+def _learns(distill: config.Distill, student: Model, name: str) -> set[str]:
+    """Names of the parameters that the phase of that name trains.
+
+    They are the generator's, then those that only inference uses; all that inference uses where no phase trains the generator.
+    """
+    before = reached(student, "generate") if distill.generate else set()
+    return before if name == "generate" else reached(student, "infer") - before
+
+
+def check_augment(augment: config.Augment | None, shape: tuple[int, ...], where: str) -> None:
+    """See that images of that shape can be moved so far.
+
+    Raises:
+        BadInput: they cannot.
+    """
+    if augment and augment.shift >= min(shape[-2:]):
+        raise BadInput(f"{where}.augment.shift: {augment.shift} pixels, but images are {shape[-2]}x{shape[-1]}")
+
+
+def _check_labels(student: Model, classes: int) -> None:
+    try:
+        found = classes_of(student)
+    except Exception as error:
+        raise BadInput(f"student: its infer program fails: {build.reason(error)}") from None
+    if found != classes:
+        raise BadInput(f"student: it tells {found or 'no'} labels apart, its teacher {classes}")
 
 
 def rehearse(shop: Workshop, teacher: Model) -> None:
@@ -202,17 +246,30 @@ def rehearse(shop: Workshop, teacher: Model) -> None:
         BadInput: a rule matches nothing, a program fails, teacher and student do not fit together.
     """
     distill = shop.recipe.distill or config.Distill()
-    student = shop.student_of(teacher, 0)
+    if distill.generate and teacher.generate is None:
+        raise BadInput(f"distill.generate: the teacher, a {type(teacher.net).__name__}, does not generate; set generate: null")
+    for phase in ("generate", "infer", "scratch"):
+        section = getattr(distill, phase)
+        check_augment(section and section.augment, teacher.images.shape, f"distill.{phase}")
+    student, classes = shop.student_of(teacher, 0), classes_of(teacher)
     noise, gray = Noise((0, "rehearsal")), torch.full((2, *teacher.images.shape), 0.5, device=shop.device)
+    if classes is not None:
+        _check_labels(student, classes)
+
+    def scratch() -> dict[str, Tensor]:
+        if classes is None:
+            return Elbo(student)(noise, gray)
+        return Classification(student)(noise, gray, torch.zeros(2, dtype=torch.int64, device=shop.device))
+
     for arm in shop.recipe.arms:
         for name in updates(shop.recipe, arm):
             try:
                 if name == "scratch":
-                    losses, learns = Elbo(student)(noise, gray), {n for n, _ in student.net.named_parameters()}
+                    losses, learns = scratch(), {n for n, _ in student.net.named_parameters()}
                 else:
                     images = None if arm.kind == "data_free" and name == "generate" else gray
                     losses = _objective(distill, arm, name, teacher, student)(noise, images, 2)
-                    learns = _learns(student, name)
+                    learns = _learns(distill, student, name)
                 shape = tuple(total(losses).shape) if losses else None
             except BadInput:
                 raise
@@ -232,28 +289,32 @@ def _distilled(shop: Workshop, job: Job, student: Model, distill: config.Distill
         "generate": shop.real.train.images if arm.kind == "with_data" else None,
         "infer": shop.real.train.images if arm.kind == "with_data" else (shop.surrogate if distill.infer else None),
     }
+    sections: dict[str, config.Training | None] = {"generate": distill.generate, "infer": distill.infer}
+    counts = updates(shop.recipe, arm)
 
     def phase(name: str) -> Phase:
         pool = images[name]
-        load = None if pool is None else _loader(pool, shop.device)
-        section = distill.generate if name == "generate" else (distill.infer or config.Encoder())
-        if name == "generate":
-            section = section.model_copy(update={"steps": arm.steps or section.steps})
+        section = sections[name]
+        assert section is not None  # or it would be no phase of the arm's
+        section = section.model_copy(update={"steps": counts[name]})
+        load = None if pool is None else _loader(pool, shop.device, section.augment)
 
         def loss(module: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
             losses: dict[str, Tensor] = module(batch.noise, load(batch) if load else None, batch.n)
             return losses
 
         objective = _objective(distill, arm, name, teacher, student)
-        learns = train_only(student.net, _learns(student, name))
+        learns = train_only(student.net, _learns(distill, student, name))
         return Phase(name, objective, loss, learns, section, 0 if pool is None else len(pool))
 
     return phase
 
 
-def _from_scratch(shop: Workshop, model: Model, training: config.Scratch | config.Train, name: str) -> Callable[[str], Phase]:
+def _from_scratch(
+    shop: Workshop, model: Model, training: config.Scratch | config.Train, name: str, classifier: bool
+) -> Callable[[str], Phase]:
     train = shop.real.train
-    load = _loader(train.images, shop.device)
+    load = _loader(train.images, shop.device, training.augment)
 
     def elbo(module: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = module(batch.noise, load(batch), _beta(training, batch.step))
@@ -267,7 +328,7 @@ def _from_scratch(shop: Workshop, model: Model, training: config.Scratch | confi
 
     def phase(_: str) -> Phase:
         parameters = train_only(model.net, {n for n, _ in model.net.named_parameters()})
-        if isinstance(model.net, Classifier):
+        if classifier:
             return Phase(name, Classification(model), classify, parameters, training, len(train.images))
         return Phase(name, Elbo(model, training.beta), elbo, parameters, training, len(train.images))
 
@@ -289,7 +350,7 @@ def make_student(
     student = shop.student(job.seed)
     if job.arm.kind == "scratch":
         section = distill.scratch.model_copy(update={"steps": job.arm.steps or distill.scratch.steps})
-        phases = _from_scratch(shop, student, section, "scratch")
+        phases = _from_scratch(shop, student, section, "scratch", shop.classes is not None)
     else:
         phases = _distilled(shop, job, student, distill)
     states = States(states_of(shop.folder) / job.name)
@@ -361,7 +422,7 @@ def make_teacher(
     states = States(shop.folder / "state" / "train")
     fit(
         model.net,
-        _from_scratch(shop, model, section, "train"),
+        _from_scratch(shop, model, section, "train", isinstance(section.model, config.CLASSIFIERS)),
         ["train"],
         Noise((recipe.seed, "train")),
         engine=engine,

@@ -23,14 +23,16 @@ import numpy as np
 import torch
 
 from . import __version__, build, config
-from .data import Dataset
+from .data import Dataset, Split
 from .distill.loop import accelerator, threads
 from .errors import BadInput, BrokenFile, Failed, Refused
-from .evaluate.arms import cost, over_seeds, quality, reconstructions, samples
+from .evaluate.arms import accuracy, cost, over_seeds, quality, reconstructions, samples
 from .evaluate.cost import file_mib, parameters
+from .families.classifier import classes_of
 from .jobs import (
     Job,
     Workshop,
+    check_augment,
     is_done,
     jobs,
     make_students,
@@ -103,8 +105,12 @@ class Run:
             self._check_train()
         if set(stages) & {"synthesize", "distill", "evaluate"}:
             teacher = self._teacher_to_be(stages)
+            classes = classes_of(teacher)
+            if "synthesize" in stages and isinstance(self.recipe.surrogate, config.Ancestral) and teacher.generate is None:
+                kind = type(teacher.net).__name__
+                raise BadInput(f"surrogate: kind ancestral draws from the teacher's own prior, but a {kind} does not generate")
             if {"distill", "evaluate"} & set(stages):
-                self._check_data()
+                self._check_data(classes)
             if "distill" in stages:
                 if "synthesize" not in stages and self._images_needed and not (self.folder / "surrogate" / "manifest.json").exists():
                     raise BadInput("distill: no surrogate yet; run the synthesize stage first")
@@ -113,7 +119,7 @@ class Run:
             if "evaluate" in stages:
                 if "distill" not in stages and not all(is_done(self.folder, job) for job in jobs(self.recipe)):
                     raise BadInput("evaluate: not every student is trained yet; run the distill stage first")
-                self._check_evaluate()
+                self._check_evaluate(classes)
         if stages == ("report",) and not (self.folder / "metrics.json").exists():
             raise BadInput("report: nothing measured yet; run the evaluate stage first")
 
@@ -185,23 +191,25 @@ class Run:
     def _check_train(self) -> None:
         section = self._section("train")
         images = self.shop.real.train
-        if isinstance(section.model, config.ClassifierNet):
-            if images.labels is None:
-                raise BadInput("data: has no labels, which a classifier needs")
-            if images.labels.max() >= section.model.classes:
-                raise BadInput(f"data: label {images.labels.max()}, but train.model.classes is {section.model.classes}")
+        if isinstance(section.model, config.CLASSIFIERS):
+            _check_labels(images, section.model.classes, "train.model.classes is")
+        check_augment(section.augment, images.images.shape, "train")
         with torch.device("meta"):
             build.network(section.model)
         if len(images.images) < 2:
             raise BadInput("data: one training image; BatchNorm needs two")
 
-    def _check_data(self) -> None:
+    def _check_data(self, classes: int | None) -> None:
         data = self.shop.data
+        if data is not None and classes is not None and any(arm.kind == "scratch" for arm in self.recipe.arms):
+            _check_labels(data.train, classes, "the teacher's labels are")
         if data is not None and self._data_needed and len(data.train.images) < 2:
             raise BadInput("data: one training image; BatchNorm needs two")
 
-    def _check_evaluate(self) -> None:
+    def _check_evaluate(self, classes: int | None) -> None:
         section, test = self._section("evaluate"), self.shop.real.test.images
+        if classes is not None:
+            _check_labels(self.shop.real.test, classes, "the teacher's labels are")
         if section.n is not None and section.n > len(test):
             raise BadInput(f"evaluate.n: {section.n} images, but {len(test)} are held out; lower it, or leave it out to use all")
         if (section.n or len(test)) <= section.k:
@@ -220,13 +228,11 @@ class Run:
                 engine = accelerator(str(self.shop.device))
                 model = make_teacher(self.shop, engine, keep_going=keep_going, told=partial(self.board.training, "train")).frozen()
             test = self.shop.real.test
+            images = torch.from_numpy(test.images).float() / 255
             if model.generate is None and test.labels is not None:
-                logits = torch.cat([model.net(torch.from_numpy(part).to(self.shop.device).float() / 255) for part in _parts(test.images)])
-                figures = {"accuracy": (logits.argmax(1).cpu().numpy() == test.labels).mean().item()}
+                figures = {"accuracy": accuracy(model, images, test.labels, 256)}
             else:
-                _, figures = reconstructions(
-                    model, torch.from_numpy(test.images).float() / 255, Noise((self.recipe.seed, "reconstruct")), 256
-                )
+                _, figures = reconstructions(model, images, Noise((self.recipe.seed, "reconstruct")), 256)
             write_json(self.folder / "train" / "held_out.json", figures)
             self.board.say("  held out: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
 
@@ -432,9 +438,12 @@ class Run:
         data: Dataset = shop.real
         test = torch.from_numpy(data.test.images[: section.n]).float() / 255
         n, k, shown = len(test), section.k, recipe.report.images if recipe.report else config.Report().images
-        real = self.features.of(test)
+        generates = shop.teacher.generate is not None
+        real = self.features.of(test) if generates else None
 
         def measured(images: torch.Tensor, who: str) -> dict[str, float]:
+            if real is None:
+                return {}
             try:
                 return quality(images, real, features, k)
             except (ValueError, RuntimeError) as error:
@@ -449,21 +458,25 @@ class Run:
         for seed in recipe.seeds:
             noise = Noise((recipe.seed, seed, "evaluate"))
             order = noise.permutation("floor", len(data.train.images)).numpy()[:n]
-            if len(order) > k:
+            if generates and len(order) > k:
                 floor.append(measured(torch.from_numpy(data.train.images[np.sort(order)]), "real against real"))
             reference = None
             for name in rows:
                 job = None if name == "teacher" else Job(next(a for a in recipe.arms if a.title == name), seed)
                 model = shop.teacher if job is None else self._load_student(job)
-                generated = samples(model, n, noise, section.batch)
-                figures = measured(generated, name if job is None else job.name)
-                if reference is None:
-                    reference = generated
-                else:
-                    figures["paired_mse"] = (generated - reference).double().pow(2).mean().item()
-                if seed == recipe.seeds[0]:
-                    pictures[f"samples/{name}"] = surrogate.to_uint8(generated[:shown])
-                if model.infer is not None:
+                figures: dict[str, float] = {}
+                if generates and model.generate is not None:
+                    generated = samples(model, n, noise, section.batch)
+                    figures |= measured(generated, name if job is None else job.name)
+                    if reference is None:
+                        reference = generated
+                    else:
+                        figures["paired_mse"] = (generated - reference).double().pow(2).mean().item()
+                    if seed == recipe.seeds[0]:
+                        pictures[f"samples/{name}"] = surrogate.to_uint8(generated[:shown])
+                if shop.classes is not None and data.test.labels is not None:
+                    figures["accuracy"] = accuracy(model, test, data.test.labels[:n], section.batch)
+                elif model.infer is not None:
                     outputs, found = reconstructions(model, test, noise, section.batch)
                     figures |= found
                     if seed == recipe.seeds[0]:
@@ -479,7 +492,13 @@ class Run:
         metrics = {
             "format": METRICS_FORMAT,
             "name": recipe.name,
-            "reference": {"data": data.name, "n": n, "features": features.name, "floor": _spread(floor) if floor else {}},
+            "reference": {
+                "data": data.name,
+                "n": n,
+                "features": features.name if generates else None,
+                "floor": _spread(floor) if floor else {},
+            },
+            "compared": self._compared(generates),
             "arms": {name: _spread(found) | counts[name] for name, found in rows.items()},
             "arms_info": {"teacher": {"label": "teacher", "updates": None, "data": "real", "note": ""}}
             | {a.title: self._about(a) for a in recipe.arms},
@@ -488,11 +507,20 @@ class Run:
         }
         return metrics, pictures
 
+    def _compared(self, generates: bool) -> str:
+        """The figure that tells how good a student is: samples of one whose generator no phase trained would tell of chance."""
+        if self.shop.classes is not None:
+            return "accuracy"
+        distill = self.recipe.distill
+        return "frechet" if generates and distill and distill.generate else "reconstruction_mse"
+
     def _about(self, arm: config.Arm) -> dict[str, Any]:
+        distill = self.recipe.distill
+        loss = "the ELBO on" if self.shop.classes is None else "cross-entropy of the labels of"
         note = {
-            "data_free": "the teacher's noise, then surrogate images",
+            "data_free": "the teacher's noise, then surrogate images" if distill and distill.generate else "surrogate images",
             "with_data": "the same losses on real images",
-            "scratch": "the ELBO on real images, no teacher",
+            "scratch": f"{loss} real images, no teacher",
         }[arm.kind]
         extra = [f"{k} {v!r}" for k, v in (("share", arm.share), ("replay", arm.replay)) if v is not None]
         counts = updates(self.recipe, arm)
@@ -505,6 +533,13 @@ class Run:
         from safetensors.torch import save
 
         return len(save(plain_tensors(model.net.state_dict()))) / 2**20
+
+
+def _check_labels(split: Split, classes: int, whose: str) -> None:
+    if split.labels is None:
+        raise BadInput("data: has no labels, which a classifier needs")
+    if split.labels.max() >= classes:
+        raise BadInput(f"data: label {split.labels.max()}, but {whose} {classes}")
 
 
 def _parts(images: Any, size: int = 256) -> Iterator[Any]:

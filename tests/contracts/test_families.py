@@ -14,7 +14,7 @@ from torch.distributions import Categorical, Normal
 from potstill import build
 from potstill.divergence import Match, compare, negative_elbo, total
 from potstill.families.blocks import Down, Up
-from potstill.families.classifier import Classifier
+from potstill.families.classifier import Classifier, ResNet
 from potstill.families.lvae import LVAE
 from potstill.families.vae import VAE
 from potstill.noise import Noise
@@ -40,6 +40,10 @@ VAES = {
 CLASSIFIERS = {
     f"classifier {height}x{width}": functools.partial(Classifier, (channels, height, width), 7, 4)
     for channels, height, width in [(1, 8, 8), (1, 28, 28), (2, 5, 12), (3, 32, 32)]
+}
+CLASSIFIERS |= {
+    f"resnet {height}x{width}": functools.partial(ResNet, (channels, height, width), 7, 14, 4, mean, (0.3,))
+    for channels, height, width, mean in [(1, 8, 8, (0.5,)), (2, 5, 12, (0.4, 0.6)), (3, 64, 64, (0.5,))]
 }
 GENERATORS = {**LVAES, **VAES}
 ALL = {**GENERATORS, **CLASSIFIERS}
@@ -128,10 +132,11 @@ def test_a_classifier_gives_a_distribution_over_its_classes(name):
     assert trace.out.dist.probs.shape == (N, 7)
     assert torch.allclose(trace.out.dist.logits, net(images(net)).log_softmax(1), atol=1e-6)
     assert net.features(images(net)).shape == (N, 16)
-    assert torch.allclose(net.head(net.features(images(net))), net(images(net)))
+    head = net.head if isinstance(net, Classifier) else net.linear
+    assert torch.allclose(head(net.features(images(net))), net(images(net)))
     assert trace.output.shape == (N,)
     for missing in ("generate", "link", "train"):
-        with pytest.raises(ValueError, match=f"Classifier has no program '{missing}'"):
+        with pytest.raises(ValueError, match=f"{type(net).__name__} has no program '{missing}'"):
             model.program(missing)
 
 
@@ -236,7 +241,7 @@ def test_inference_of_a_network_in_bfloat16(name):
             assert (node.dist.logits - exact[k].dist.logits).abs().max() < 0.1
 
 
-@pytest.mark.parametrize("name", ["lvae 8x8 2", "lvae 28x28 5", "lvae 64x64 5", "vae 5x12", "vae 32x32", "classifier 5x12"])
+@pytest.mark.parametrize("name", ["lvae 8x8 2", "lvae 28x28 5", "lvae 64x64 5", "vae 5x12", "vae 32x32", "classifier 5x12", "resnet 5x12"])
 def test_saving_and_loading_give_the_same_network(name, tmp_path):
     net = network(name)
     net.save_pretrained(tmp_path / "first")
@@ -244,7 +249,7 @@ def test_saving_and_loading_give_the_same_network(name, tmp_path):
         assert type(loaded) is type(net)
         assert not loaded.training
         assert same_state(net.state_dict(), loaded.state_dict())
-        for attribute in ("image", "width", "latent", "levels", "std", "sizes", "classes"):
+        for attribute in ("image", "width", "latent", "levels", "std", "sizes", "classes", "depth", "mean"):
             assert getattr(loaded, attribute, None) == getattr(net, attribute, None)
         loaded.save_pretrained(tmp_path / "second")
         for file in ("config.json", "model.safetensors"):
@@ -256,7 +261,7 @@ def test_saving_and_loading_give_the_same_network(name, tmp_path):
     assert config["image"] == list(net.image)
 
 
-@pytest.mark.parametrize("name", ["lvae 8x8 2", "lvae 64x64 5", "vae 5x12", "classifier 5x12"])
+@pytest.mark.parametrize("name", ["lvae 8x8 2", "lvae 64x64 5", "vae 5x12", "classifier 5x12", "resnet 5x12"])
 def test_shrunk_changes_the_width_alone(name):
     net = network(name)
     before = copy.deepcopy(net.state_dict())
@@ -264,7 +269,7 @@ def test_shrunk_changes_the_width_alone(name):
     assert type(small) is type(net)
     assert small.width == 3
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in net.parameters())
-    for attribute in ("image", "latent", "levels", "std", "sizes", "classes"):
+    for attribute in ("image", "latent", "levels", "std", "sizes", "classes", "depth", "mean"):
         assert getattr(small, attribute, None) == getattr(net, attribute, None)
     assert small.state_dict().keys() == net.state_dict().keys()
     assert same_state(before, net.state_dict())

@@ -58,6 +58,17 @@ def reconstructions(model: Model, x: Tensor, noise: Noise, batch: int) -> tuple[
     return torch.cat(outputs), figures
 
 
+@torch.no_grad()
+def accuracy(model: Model, x: Tensor, labels: NDArray[numpy.int64], batch: int) -> float:
+    """Share of images ``(n, C, H, W)`` in [0, 1] to which a classifier gives their label; labels ``(n,)``."""
+    right = 0
+    for i in range(0, len(x), batch):
+        part = x[i : i + batch].to(model.device)
+        logits = run(model.program("infer"), model.images.encode(part), noise=Noise((0,))).out.dist.logits
+        right += int((logits.argmax(-1).cpu().numpy() == labels[i : i + batch]).sum())
+    return right / len(x)
+
+
 def quality(generated: Tensor, real: NDArray[numpy.float32], features: Features, k: int) -> dict[str, float]:
     """Every distance of section "evaluation" between generated images and the features of real ones."""
     return distances(real, features(generated), k=k)
@@ -86,12 +97,27 @@ def _sampler(model: Model) -> Callable[[int], Tensor]:
     return lambda n: model.sample(n, noise)
 
 
+def _inferrer(model: Model) -> Callable[[int], Tensor]:
+    noise = _Remembered(Noise((0, "latency")))
+    x = model.images.encode(Noise((0, "latency")).uniform("x", (64, *model.images.shape), model.device))
+
+    def infer(n: int) -> Tensor:
+        out = run(model.program("infer"), x[:n], noise=noise).out.dist
+        return out.logits if isinstance(out, torch.distributions.Categorical) else out.mean
+
+    return infer
+
+
 def cost(model: Model, threads: int, repeats: int) -> dict[str, float]:
-    """Latency of generating 1 and 64 images, in ms, with that many threads on a CPU, and images per second at 64."""
+    """Latency of 1 and 64 images, in ms, with that many threads on a CPU, and images per second at 64.
+
+    They are generated; by a model that does not generate, they are classified or reconstructed.
+    """
+    make = _inferrer if model.generate is None else _sampler
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        timed = {b: latency(_sampler(model), b, device=model.device, repeats=repeats) for b in (1, 64)}
+        timed = {b: latency(make(model), b, device=model.device, repeats=repeats) for b in (1, 64)}
     finally:
         torch.set_num_threads(before)
     return {

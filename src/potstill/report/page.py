@@ -154,6 +154,14 @@ def _walls(arms: Sequence[Arm], images: Mapping[str, figures.Pixels]) -> list[di
     return walls
 
 
+def _timed(arms: Sequence[Arm]) -> str:
+    """What the times are of: a model that generates is timed generating."""
+    figures = {key for arm in arms for key in arm.values}
+    if "frechet" in figures or not figures & {"accuracy", "reconstruction_mse"}:
+        return "Generation"
+    return "Classification" if "accuracy" in figures else "Reconstruction"
+
+
 def _reconstructions(arms: Sequence[Arm], images: Mapping[str, figures.Pixels]) -> list[_Strip]:
     drawn = [(arm, images[f"reconstruction/{arm.key}"]) for arm in arms if f"reconstruction/{arm.key}" in images]
     if "input" not in images or not drawn:
@@ -228,7 +236,7 @@ def _render(run: Path) -> str:
     reference = metrics.get("reference")
     environment = metrics.get("environment")
     environment = environment if isinstance(environment, Mapping) else {}
-    compared = tables.compared_metric(arms)
+    compared = tables.compared_metric(arms, metrics.get("compared"))
     dots, floor_at = _dots(arms, compared, floor.get(compared.key))
     updates = {arm.updates for arm in arms if arm.kind != "teacher" and arm.updates is not None}
     seeds = metrics.get("seeds")
@@ -251,6 +259,7 @@ def _render(run: Path) -> str:
         features=tables.features_of(metrics),
         reference=dict(reference) if isinstance(reference, Mapping) else {},
         compared=compared,
+        timed=_timed(arms),
         dots=dots,
         floor_at=floor_at,
         uneven=len(updates) > 1,

@@ -165,8 +165,9 @@ def floor_of(metrics: Mapping[str, Any]) -> dict[str, Value]:
 
 
 def features_of(metrics: Mapping[str, Any]) -> str:
-    """The name of the features behind the distances, which have no meaning without it."""
-    return str(_mapping(metrics.get("reference")).get("features") or "not named")
+    """The name of the features behind the distances, which have no meaning without it; empty where the file says that there are none."""
+    found = _mapping(metrics.get("reference")).get("features", "not named")
+    return "" if found is None else str(found)
 
 
 def metric_of(key: str) -> Metric:
@@ -191,11 +192,14 @@ def subject_of(arms: Sequence[Arm]) -> Arm | None:
     return next((arm for arm in free if arm.key == DATA_FREE), free[0] if free else None)
 
 
-def compared_metric(arms: Sequence[Arm]) -> Metric:
-    """What the verdict compares: the Fréchet distance, or for models that generate nothing their accuracy or reconstruction."""
+def compared_metric(arms: Sequence[Arm], named: object = None) -> Metric:
+    """What the verdict compares: the metric that the file names under "compared", where the student has it.
+
+    Otherwise it is the Fréchet distance, or for models that generate nothing their accuracy or reconstruction.
+    """
     subject = subject_of(arms)
     pool = [subject] if subject else list(arms)
-    keys = ("frechet", "accuracy", "reconstruction_mse")
+    keys = (str(named), "frechet", "accuracy", "reconstruction_mse")
     return metric_of(next((key for key in keys if any(key in arm.values for arm in pool)), "frechet"))
 
 
@@ -295,7 +299,7 @@ def verdict(metrics: Mapping[str, Any]) -> str:
     savings = _savings(arms, subject)
     saved = f"; compared with the teacher it is {savings}" if savings else ""
 
-    metric = compared_metric(arms)
+    metric = compared_metric(arms, metrics.get("compared"))
     ours = subject.values.get(metric.key)
     if ours is None:
         return f"{name} has no figure of quality, so it cannot be compared{saved}."
@@ -382,5 +386,7 @@ def text_table(metrics: Mapping[str, Any]) -> str:
         if metric.direction and not metric.cost:
             groups.setdefault(metric.direction, []).append(metric.short)
     notes = [f"{', '.join(names)}: {direction}" for direction, names in groups.items()]
-    lines.append(_cut("; ".join([*notes, f"features: {_printable(features_of(metrics))}"]), _WIDTH))
+    if features := features_of(metrics):
+        notes.append(f"features: {_printable(features)}")
+    lines.append(_cut("; ".join(notes), _WIDTH))
     return "\n".join(lines)
