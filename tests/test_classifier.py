@@ -280,10 +280,13 @@ RECIPE = {
 
 
 def workshop(folder, **sections):
-    """Its surrogate is of noise images."""
-    shop = jobs.Workshop(config.check(RECIPE | {"evaluate": None, "report": None} | sections), folder)
-    vars(shop)["surrogate"] = surrogate.to_uint8(uniform(IMAGE, 64))
-    return shop
+    return jobs.Workshop(config.check(RECIPE | {"evaluate": None, "report": None} | sections), folder)
+
+
+@pytest.fixture
+def noise_images(monkeypatch):
+    """The surrogate of every run."""
+    monkeypatch.setattr(surrogate, "read", lambda folder: surrogate.to_uint8(uniform(IMAGE, 64)))
 
 
 def write_vae(folder):
@@ -329,6 +332,7 @@ def test_what_a_generators_inference_is_distilled_by_when_the_recipe_does_not_sa
     assert jobs._inference(config.Distill(infer=config.Encoder(rules=rules, elbo=0.0)), False) == (rules, 0.0)
 
 
+@pytest.mark.usefixtures("noise_images")
 @pytest.mark.parametrize("arm", ["data_free", "with_data", "scratch"])
 def test_every_arm_trains_all_of_a_classifier_and_leaves_the_teacher_bit_for_bit(tmp_path, arm):
     shop = workshop(tmp_path, arms=[{"kind": arm, "steps": 2}])
@@ -351,6 +355,7 @@ def test_a_distilled_classifier_agrees_with_its_teacher(tmp_path):
     assert right[2] > 0.8
 
 
+@pytest.mark.usefixtures("noise_images")
 @pytest.mark.parametrize("infer", [{}, {"rules": [{"nodes": "z*"}, {"nodes": "out", "by": "mse"}], "elbo": 0}], ids=["elbo", "rules"])
 def test_without_a_generator_phase_inference_trains_encoder_and_decoder(tmp_path, infer):
     """An autoencoder whose prior cannot be sampled."""

@@ -238,7 +238,7 @@ NETWORK = "train: {model: {kind: vae, image: [1, 8, 8]}}"
         ),
         (
             "teacher: {kind: pretrained, path: x}\nstudent: {width: 1}\ndistill: {generate: null}",
-            ["distill.infer: trains the encoder on surrogate images and needs a surrogate section"],
+            ["distill.infer: trains on surrogate images and needs a surrogate section"],
         ),
         (
             "teacher: {kind: pretrained, path: x}\nstudent: {width: 1}\ndistill: {generate: null, infer: null}\nsurrogate: {}",
@@ -249,7 +249,7 @@ NETWORK = "train: {model: {kind: vae, image: [1, 8, 8]}}"
             "arms: [{kind: data_free, infer: false}, {kind: data_free, name: mine, share: z}]",
             [
                 "arm student_data_free: without generate and infer it has no phase",
-                "arm mine: replay and share are of the phase generate, which is null",
+                "arm mine: replay, share and start are of the phase generate, which is null",
             ],
         ),
         ("surrogate: {}", ["surrogate: needs a teacher"]),
@@ -258,7 +258,7 @@ NETWORK = "train: {model: {kind: vae, image: [1, 8, 8]}}"
             [
                 "distill: needs a teacher",
                 "distill: needs a student",
-                "distill.infer: trains the encoder on surrogate images and needs a surrogate section, or infer: null",
+                "distill.infer: trains on surrogate images and needs a surrogate section, or infer: null",
             ],
         ),
         (

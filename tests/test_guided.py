@@ -15,7 +15,7 @@ from potstill.energy.view import DeadEnergy, Energy, Look, energy
 from potstill.errors import BadInput
 from potstill.model import Images, Model
 from potstill.noise import Noise
-from potstill.synthesize.guided import Guided, fit_linear, fitted
+from potstill.synthesize.guided import Guided, fitted
 from potstill.synthesize.inversion import Inversion, LatentInversion
 from potstill.synthesize.prior import SCHEDULERS, Prior, Prompts, affine
 
@@ -198,11 +198,11 @@ def test_text_to_image_is_guided_too(text, mode, decode):
     prompts = Prompts((("one",),))
     on = Guided(prior, SHAPE, 6, mode, clip=1.0, decode=decode, prompts=prompts, guidance_scale=2.0)
     if decode == "linear":
-        rest = fit_linear(on, Noise((2,)), Look(tiny_teacher(), labels=torch.zeros(64, dtype=torch.int64)))
-        assert 0 <= rest < 1
+        assert prior.linear_rest is None
     off = Guided(prior, SHAPE, 6, "off", prompts=prompts, guidance_scale=2.0)
     images = [sampler(darkness, look, 2, Noise((3,))) for sampler in (off, on)]
     assert images[0].shape == (2, *SHAPE)
+    assert decode == "vae" or 0 <= prior.linear_rest < 1
     assert not torch.equal(*images)
     if decode == "vae":  # a linear map says little of a random decoder; see below for one that it fits
         assert darkness(look(images[1])).mean() < darkness(look(images[0])).mean()
@@ -371,3 +371,31 @@ def test_discrete_noise_cannot_be_inverted():
     model = Model(nn.Linear(1, 1), Images(SHAPE), generate).frozen()
     with pytest.raises(ValueError, match="'z' is discrete"):
         LatentInversion(model, SHAPE, 2)(darkness, Look(tiny_teacher()), 2, Noise())
+
+
+def test_memory_counts_what_the_gradient_keeps(text):
+    prior, look = Prior.from_pretrained(text[1]), Look(tiny_teacher(), labels=torch.tensor([0, 0]))
+    kept = {}
+    for mode, decode in (("off", "vae"), ("clean", "linear"), ("clean", "vae"), ("full", "vae")):
+        sampler = Guided(prior, SHAPE, 3, mode, decode=decode, prompts=Prompts((("one",),)))
+        weights, kept[mode, decode] = sampler.memory(darkness, look, Noise())
+        assert weights == 4 * prior.parameters()
+    assert kept["off", "vae"] == 0
+    assert 0 < kept["clean", "linear"] < kept["clean", "vae"] < kept["full", "vae"]
+
+
+def test_memory_can_be_saved_for_the_same_images(text):
+    look, prompts = Look(tiny_teacher(), labels=torch.tensor([0, 0])), Prompts((("one",),))
+    plain, saving = Prior.from_pretrained(text[1]), Prior.from_pretrained(text[1])
+    saving.save_memory()
+    a, b = (Guided(p, SHAPE, 2, prompts=prompts) for p in (plain, saving))
+    assert torch.allclose(a(darkness, look, 2, Noise()), b(darkness, look, 2, Noise()), atol=1e-5)
+    assert b.memory(darkness, look, Noise())[1] < a.memory(darkness, look, Noise())[1]
+
+
+def test_a_digest_tells_weights_and_schedules_apart(text):
+    first, same = (Prior.from_pretrained(text[1]) for _ in range(2))
+    assert first.digest() == same.digest()
+    assert first.digest() != Prior.from_pretrained(text[1], scheduler="euler").digest()
+    next(same.unet.parameters()).data[0] += 1
+    assert first.digest() != same.digest()

@@ -11,12 +11,15 @@ import pytest
 import torch
 from torch.distributions import Normal
 
+from potstill.energy.view import Energy, Look, energy
 from potstill.errors import BadInput, BrokenFile
 from potstill.families.lvae import LVAE
 from potstill.model import Images, Model
 from potstill.noise import Noise
 from potstill.synthesize import surrogate
-from potstill.synthesize.ancestral import Ancestral
+from potstill.synthesize.ancestral import Ancestral, Uniform
+from potstill.synthesize.synthesis import Made, Synthesis
+from potstill.trace import run
 
 SHAPE = (3, 4, 5)
 
@@ -37,10 +40,15 @@ def teacher():
     return Model(net, Images(SHAPE, (0.5,), (0.5,)), net.generate).frozen()
 
 
-def write(folder, synthesizer=None, n=20, batch=8, shard=8, identity="i", **options):
-    synthesizer = synthesizer or Ancestral(teacher())
+def images_of(make):
+    """A synthesis of nothing but images."""
+    return lambda rows, noise: Made(make(len(rows), noise.at(rows)))
+
+
+def write(folder, synthesis=None, n=20, batch=8, shard=8, identity="i", **options):
+    synthesis = synthesis or Synthesis(Ancestral(), teacher())
     noise = Noise((3, "surrogate"))
-    surrogate.write(folder, synthesizer, noise, n=n, batch=batch, shard=shard, identity=identity, source="ancestral", **options)
+    surrogate.write(folder, synthesis, noise, n=n, batch=batch, shard=shard, identity=identity, source="ancestral", **options)
     return folder
 
 
@@ -61,7 +69,7 @@ def test_images_are_the_teachers_own(tmp_path):
 def test_a_drawn_image_has_the_noise_of_the_output():
     model = teacher()
     noise = Noise((3, "surrogate"))
-    mean, drawn = (Ancestral(model, observe)(64, noise) for observe in ("mean", "sample"))
+    mean, drawn = (Ancestral(observe)(Energy(), Look(model), 64, noise) for observe in ("mean", "sample"))
     inside = (drawn > 0) & (drawn < 1)
     difference = (drawn - mean)[inside]
     assert difference.std().item() == pytest.approx(0.05, rel=0.05)  # 0.1 in the network's range, which is twice as wide
@@ -79,14 +87,14 @@ def test_images_do_not_depend_on_batches_or_shards(tmp_path, batch, shard):
 def test_a_network_differs_by_rounding_at_most(tmp_path):
     torch.manual_seed(0)
     net = LVAE((1, 8, 8), 4, 2, 2).model().frozen()
-    a, b = (surrogate.read(write(tmp_path / str(batch), Ancestral(net), batch=batch)).astype(int) for batch in (3, 20))
+    a, b = (surrogate.read(write(tmp_path / str(batch), Synthesis(Ancestral(), net), batch=batch)).astype(int) for batch in (3, 20))
     assert np.abs(a - b).max() <= 1
     assert np.abs(a - b).mean() < 0.01
 
 
 def test_nothing_is_written_of_a_teacher_that_gives_nan(tmp_path):
     with pytest.raises(BadInput, match="surrogate: the teacher gives NaN"):
-        write(tmp_path / "s", lambda n, noise: torch.full((n, *SHAPE), float("nan")))
+        write(tmp_path / "s", images_of(lambda n, noise: torch.full((n, *SHAPE), float("nan"))))
     assert os.listdir(tmp_path / "s") == []
 
 
@@ -121,7 +129,7 @@ def test_a_run_that_is_cut_short_goes_on_to_the_same_bytes(tmp_path, batches):
     if batches > 3:
         os.truncate(tmp_path / "s" / "shard-00000.parquet", 50)  # as a disk may leave it
     calls = []
-    write(tmp_path / "s", lambda n, noise: (calls.append(noise.rows), Ancestral(teacher())(n, noise))[1], batch=3)
+    write(tmp_path / "s", lambda rows, noise: (calls.append(rows), Synthesis(Ancestral(), teacher())(rows, noise))[1], batch=3)
     (tmp_path / "s" / ".shard-00001.parquet.1.tmp").unlink()
     assert contents(tmp_path / "s") == expected
     assert len(calls) == 8 - 3 * len(done) + (3 if batches > 3 else 0)  # 3, 3 and 2 batches; whole shards are kept
@@ -148,7 +156,7 @@ def test_datasets_reads_it_as_images(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     datasets = pytest.importorskip("datasets")
     for channels in (1, 3):
-        folder = write(tmp_path / str(channels), lambda n, noise, c=channels: Ancestral(teacher())(n, noise)[:, :c])
+        folder = write(tmp_path / str(channels), images_of(lambda n, noise, c=channels: noise.uniform("x", (n, c, *SHAPE[1:]))))
         files = str(folder / "*.parquet")
         found = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
         expected = surrogate.read(folder)
@@ -264,3 +272,87 @@ def test_a_forged_image_is_named(tmp_path):
     forge(folder, cells({"bytes": surrogate._png(np.zeros((3, 4, 4), np.uint8))}), rows=1)
     with pytest.raises(BadInput, match=r"shard-00001\.parquet, row 0: image of shape \(3, 4, 5\), others are \(3, 4, 4\)"):
         surrogate.read(folder)
+
+
+# ------------------------------------------------------------------ what is known of the images
+
+
+@energy
+def brightness(view):
+    return view.x.flatten(1).mean(1)
+
+
+def test_labels_prompts_and_energies_travel_with_the_images(tmp_path):
+    synthesis = Synthesis(
+        Ancestral(),
+        teacher(),
+        2.0 * brightness.between(0, 0.1),
+        classes=3,
+        wording=lambda labels, noise, n: [f"a {k}" for k in labels.tolist()],
+    )
+    folder = write(tmp_path / "s", synthesis)
+    found = surrogate.columns(folder)
+    assert found["label"] == [row % 3 for row in range(20)]
+    assert found["prompt"] == [f"a {row % 3}" for row in range(20)]
+    images = surrogate.read(folder) / 255
+    assert np.allclose(found["energy.brightness"], 2 * images.reshape(20, -1).mean(1), atol=0.01)
+    datasets = pytest.importorskip("datasets")
+    table = datasets.load_dataset("parquet", data_files=str(folder / "*.parquet"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert table[4]["label"] == 1
+    assert table[4]["image"].size == (SHAPE[2], SHAPE[1])
+    assert table[4]["energy.brightness"] == pytest.approx(found["energy.brightness"][4])
+
+
+def test_an_image_that_is_not_finite_is_drawn_again():
+    def draw(energy, look, n, noise, watch=None):
+        x = noise.uniform("x", (n, *SHAPE))
+        if noise.key == (3,):
+            x[[r in (2, 5) for r in noise.rows]] = float("nan")
+        return x
+
+    made = Synthesis(draw, teacher(), brightness)(range(6), Noise((3,)))
+    plain = Noise((3,)).at(range(6)).uniform("x", (6, *SHAPE))
+    again = Noise((3,)).fold("redraw", 0).at([2, 5]).uniform("x", (2, *SHAPE))
+    assert torch.equal(made.images[[0, 1, 3, 4]], plain[[0, 1, 3, 4]])
+    assert torch.equal(made.images[[2, 5]], again)
+    assert made.energies["brightness"].isfinite().all()
+
+
+def test_an_energy_that_is_never_finite_is_reported_and_nothing_saved(tmp_path):
+    @energy
+    def broken(view):
+        return view.x.flatten(1).mean(1) / 0
+
+    with pytest.raises(BadInput, match="energy broken of row 0 is not finite in 4 draws"):
+        write(tmp_path / "s", Synthesis(Ancestral(), teacher(), brightness + broken))
+    assert os.listdir(tmp_path / "s") == []
+
+
+def test_a_sweep_infers_and_generates_again():
+    net = LVAE((1, 8, 8), 4, 2, 2)
+    model = Model(net, Images((1, 8, 8), (0.5,), (0.1,)), net.generate, net.infer).frozen()
+    noise = Noise((1,))
+    first, second = (Ancestral(sweeps=k)(Energy(), Look(model), 4, noise) for k in (0, 1))
+    mean = run(model.generate, noise=noise, n=4).out.dist.mean
+    expected = run(model.infer, mean, noise=noise.fold("sweep", 0)).out.dist.mean
+    for found, wanted in ((first, mean), (second, expected)):
+        assert torch.equal(found, model.images.decode(wanted).clamp(0, 1))
+    assert not torch.equal(first, second)
+
+
+def test_the_first_batch_is_watched_and_no_other():
+    seen = []
+
+    def draw(energy, look, n, noise, watch=None):
+        seen.append(watch is not None)
+        return noise.uniform("x", (n, *SHAPE))
+
+    synthesis = Synthesis(draw, teacher(), watch=lambda step: None)
+    for rows in (range(3), range(3, 6)):
+        synthesis(rows, Noise())
+    assert seen == [True, False]
+
+
+def test_uniform_noise_is_of_the_teachers_shape():
+    found = Synthesis(Uniform(SHAPE), teacher())(range(5), Noise()).images
+    assert torch.equal(found[3:], Synthesis(Uniform(SHAPE), teacher())(range(3, 5), Noise()).images)

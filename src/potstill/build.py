@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.distributions import Categorical
 
 from . import config, data
+from . import energy as energies
 from .divergence import Divergence, Match, hinton, kl, mse, reverse_kl, wasserstein2
+from .energy.view import Energy
 from .errors import BadInput, Failed
 from .evaluate.cost import parameters
 from .families.classifier import Classifier, ResNet
@@ -26,6 +28,11 @@ from .families.vae import VAE
 from .model import Model
 from .noise import Noise
 from .state import read_json, read_tensors, sha256
+from .synthesize.ancestral import Ancestral, Uniform
+from .synthesize.guided import Guided
+from .synthesize.inversion import Inversion, LatentInversion
+from .synthesize.prior import Prior, Prompts
+from .synthesize.synthesis import Synthesizer
 from .trace import run
 
 if TYPE_CHECKING:
@@ -50,6 +57,9 @@ def reason(error: BaseException) -> str:
     return f"{kind}{(text.splitlines() or [''])[0]}{where}"
 
 
+_LESS = "lower batch (of the surrogate: or mode clean, decode linear, save_memory), or compute.workers"
+
+
 @contextmanager
 def memory_watched() -> Iterator[None]:
     """Turns what torch and Python raise when memory is out, on the CPU or a GPU, into one error.
@@ -60,10 +70,10 @@ def memory_watched() -> Iterator[None]:
     try:
         yield
     except MemoryError:
-        raise Failed("out of memory; lower batch, or compute.workers") from None
+        raise Failed(f"out of memory; {_LESS}") from None
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise Failed(f"out of memory; lower batch, or compute.workers ({str(error).splitlines()[0]})") from None
+            raise Failed(f"out of memory; {_LESS} ({str(error).splitlines()[0]})") from None
         raise
 
 
@@ -196,19 +206,29 @@ def allow(modules: Sequence[str]) -> None:
             raise BadInput(f"--import {module}: cannot be imported: {reason(error)}") from None
 
 
+def named(target: str, allowed: Sequence[str]) -> Any:
+    """What ``module:name`` stands for, in a module that the caller allowed by name.
+
+    Raises:
+        BadInput: the module was not allowed, or has no such name.
+    """
+    module, _, name = target.partition(":")
+    if module not in allowed:
+        raise BadInput(f"{target}: a recipe does not run code unless you allow its module: add --import {module}")
+    allow([module])
+    found = getattr(importlib.import_module(module), name, None)
+    if found is None:
+        raise BadInput(f"{target}: module {module} has no {name!r}")
+    return found
+
+
 def resolve(target: str, allowed: Sequence[str], **arguments: Any) -> Any:
     """Call ``module:name``, from a module that the caller allowed by name.
 
     Raises:
         BadInput: the module was not allowed, or has no such function, or the function fails.
     """
-    module, _, name = target.partition(":")
-    if module not in allowed:
-        raise BadInput(f"{target}: a recipe does not run code unless you allow its module: add --import {module}")
-    allow([module])
-    function = getattr(importlib.import_module(module), name, None)
-    if function is None:
-        raise BadInput(f"{target}: module {module} has no {name!r}")
+    function = named(target, allowed)
     if not callable(function):
         raise BadInput(f"{target}: not a function")
     try:
@@ -401,6 +421,130 @@ def digest_of(net: nn.Module) -> str:
         hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return hasher.hexdigest()
+
+
+def energy(
+    terms: Sequence[config.Term], model: Model, of: config.Teacher, seed: int, allowed: Sequence[str], rival: bool = False
+) -> Energy:
+    """The energies of a recipe, composed.
+
+    Args:
+        terms: of the recipe.
+        model: the teacher.
+        of: where it comes from; activations recorded when it was trained lie beside it.
+        seed: of what energies draw.
+        allowed: modules that code may come from.
+        rival: whether there is a student to compare with; without one, terms that compare are left out.
+
+    Raises:
+        BadInput: a term wants what the teacher does not have.
+    """
+    total = Energy()
+    for term in terms:
+        if term.kind == "disagreement" and not rival:
+            continue
+        if term.kind == "python":
+            found = named(term.target or "", allowed)
+            if not isinstance(found, Energy) and not callable(found):
+                raise BadInput(f"{term.target}: an Energy, or a function of a view, is expected; it is a {type(found).__name__}")
+            one = found if isinstance(found, Energy) else energies.energy(found)
+        elif term.kind == "typicality":
+            one = energies.typicality(_of_two_programs(model, term.kind), Noise((seed, "typicality")), term.n)
+        elif term.kind == "activation_summary":
+            if not isinstance(of, config.Pretrained):
+                raise BadInput("energy activation_summary: reads the file beside a teacher of kind pretrained")
+            one = energies.activation_summary(energies.statistics.load(locate(of.path)))
+        elif term.kind == "posterior_kl" and term.nodes != "*":
+            one = energies.posterior_kl_at(term.nodes)
+        else:
+            plain = energies.ENERGIES[term.kind]
+            assert isinstance(plain, Energy)
+            one = plain
+        total = total + (term.weight * one).between(term.start, term.stop)
+    return total
+
+
+def _of_two_programs(model: Model, kind: str) -> Model:
+    if model.generate is None or model.infer is None:
+        raise BadInput(f"energy {kind}: needs a teacher that generates and infers; this {type(model.net).__name__} does not do both")
+    return model
+
+
+def prompts(section: config.Guided) -> Prompts | None:
+    """The wordings of a recipe, by class.
+
+    Raises:
+        BadInput: the file of prompts is broken, or has no texts for a class.
+    """
+    names = section.classes or ("",)
+    if section.prompts:
+        return Prompts(tuple(tuple(p.replace("{}", name) for p in section.prompts) for name in names), section.negative)
+    if not section.prompts_file:
+        return None
+    path = Path(section.prompts_file).expanduser()
+    content = config.read_tree(path)
+    missing = [name for name in names if not isinstance(content, dict) or not content.get(name)]
+    if missing:
+        raise BadInput(
+            f"{path}: no prompts for {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; a list for each class is expected"
+        )
+    wordings = [[content[name]] if isinstance(content[name], str) else content[name] for name in names]
+    for name, texts in zip(names, wordings, strict=True):
+        if not isinstance(texts, list) or not all(isinstance(t, str) and t.isprintable() and t for t in texts):
+            raise BadInput(f"{path}: {name}: a list of texts is expected")
+    return Prompts(tuple(tuple(texts) for texts in wordings), section.negative)
+
+
+def synthesizer(section: config.Surrogate, model: Model) -> tuple[Synthesizer, Prompts | None]:
+    """What makes the images of a surrogate, and the prompts it goes by.
+
+    Raises:
+        BadInput: a prior or a generator cannot be loaded, or its images cannot be the teacher's.
+    """
+    shape, device = model.images.shape, model.device
+    match section:
+        case config.Ancestral():
+            if model.generate is None:
+                raise BadInput(
+                    f"surrogate: kind ancestral draws from the teacher's own prior, but a {type(model.net).__name__} does not generate"
+                )
+            if section.sweeps and model.infer is None:
+                raise BadInput(f"surrogate: sweeps infer the latents of images, but a {type(model.net).__name__} does not")
+            return Ancestral(section.observe, section.sweeps), None
+        case config.Uniform():
+            return Uniform(shape), None
+        case config.Inversion():
+            return Inversion(shape, section.steps, section.lr, section.jitter), None
+        case config.Latent():
+            generator = model if section.generator is None else pretrained(section.generator).model().frozen()
+            if generator.generate is None:
+                raise BadInput(f"surrogate: kind latent inverts a generator, but a {type(generator.net).__name__} does not generate")
+            generator.net.to(device)
+            return LatentInversion(generator, shape, section.steps, section.lr, section.pull), None
+        case config.Guided():
+            wordings = prompts(section)
+            path = ZOO / section.prior[4:] if section.prior.startswith("zoo:") else section.prior
+            if isinstance(path, Path) and (path.parent != ZOO or not (path / "model_index.json").is_file()):
+                names = sorted(p.parent.name for p in ZOO.glob("*/model_index.json"))
+                raise BadInput(f"{section.prior}: no such prior in the zoo; it has {', '.join(names) or 'none'}")
+            dtype = getattr(torch, section.dtype)
+            prior = Prior.from_pretrained(path, scheduler=section.scheduler, tiny=section.tiny, dtype=dtype, device=device)
+            if section.save_memory:
+                prior.save_memory()
+            guided = Guided(
+                prior,
+                shape,
+                section.steps,
+                section.mode,
+                section.scale,
+                section.clip,
+                section.repeats,
+                section.decode,
+                wordings,
+                section.guidance_scale,
+                section.eta,
+            )
+            return guided, wordings
 
 
 def rules(section: Sequence[config.Rule]) -> tuple[Match, ...]:

@@ -12,7 +12,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from .errors import RecipeError
 
@@ -265,14 +276,155 @@ class Rule(Section):
     reduce: Literal["sum", "mean"] = "sum"
 
 
-class Ancestral(Section):
-    """Images from the teacher's own prior."""
+class Term(Section):
+    """One energy of the images, which guidance lowers."""
 
-    kind: Literal["ancestral"] = "ancestral"
+    kind: Literal[
+        "cross_entropy",
+        "batchnorm",
+        "activation_summary",
+        "disagreement",
+        "posterior_kl",
+        "reconstruction",
+        "typicality",
+        "total_variation",
+        "l2",
+        "diversity",
+        "python",
+    ]
+    weight: Annotated[float, _NUMERIC] = 1.0
+    start: Annotated[float, Field(ge=0, le=1), _NUMERIC] = Field(default=0.0, description="of the synthesis, from 0 to 1")
+    stop: Annotated[float, Field(ge=0, le=1), _NUMERIC] = Field(default=1.0, description="of the synthesis, from 0 to 1")
+    nodes: Pattern = Field(default="*", description="of posterior_kl: pattern of the latents that count")
+    n: Annotated[int, Field(ge=2, lt=2**20), _NUMERIC] = Field(default=512, description="of typicality: the teacher's samples to go by")
+    target: Target | None = Field(default=None, description="of python: module:name of an Energy, or of a function of a view")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Term:
+        if (self.kind == "python") != (self.target is not None):
+            raise ValueError("target goes with kind python, and kind python needs one")
+        if self.start > self.stop:
+            raise ValueError(f"starts at {self.start:g}, after its stop at {self.stop:g}")
+        return self
+
+
+class Synthesis(Section):
+    """What every surrogate has."""
+
     n: Annotated[int, Field(ge=2, lt=2**31), _NUMERIC] = Field(default=4096, description="images")
     batch: Count = 256
     shard: Count = Field(default=4096, description="images in a file")
+    energy: tuple[Term, ...] = Field(
+        default=(), description="what guides the images, and is recorded of each; only recorded without guidance"
+    )
+    classes: Annotated[tuple[Text, ...], Field(min_length=2)] | None = Field(
+        default=None, description="names of the labels, in their order; each label gets as many images"
+    )
+
+    @field_validator("energy")
+    @classmethod
+    def _distinct(cls, terms: tuple[Term, ...]) -> tuple[Term, ...]:
+        kinds = [t.target or t.kind for t in terms]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError(f"two are the same: {', '.join(kinds)}")
+        return terms
+
+
+class Ancestral(Synthesis):
+    """Images from the teacher's own prior."""
+
+    kind: Literal["ancestral"] = "ancestral"
     observe: Literal["mean", "sample"] = Field(default="mean", description="the mean of the output's conditional, or a draw from it")
+    sweeps: Annotated[int, Field(ge=0, le=1000), _NUMERIC] = Field(
+        default=0, description="times that each image's latents are inferred and the image generated again, which moves it towards the data"
+    )
+
+
+class Uniform(Synthesis):
+    """Pixels of uniform noise: what a surrogate must beat."""
+
+    kind: Literal["uniform"]
+
+
+class Inversion(Synthesis):
+    """Pixels optimized from noise."""
+
+    kind: Literal["inversion"]
+    steps: Count = 200
+    lr: Positive = 0.1
+    jitter: Annotated[int, Field(ge=0, le=64), _NUMERIC] = Field(default=0, description="largest shift in pixels, anew for each update")
+
+
+class Latent(Synthesis):
+    """The noise of a generator, optimized: the teacher's own, another's, or the latents of a diffusion prior's decoder."""
+
+    kind: Literal["latent"]
+    generator: Text | None = Field(default=None, description="folder or zoo:NAME of a model; by default the teacher")
+    steps: Count = 100
+    lr: Positive = 0.05
+    pull: NotNegative = Field(
+        default=0.1, description="weight of half the noise's squared norm, which keeps it where the generator was trained"
+    )
+
+
+class Guided(Synthesis):
+    """Images from a diffusion prior, guided by what the teacher says of them."""
+
+    kind: Literal["guided"]
+    prior: Text = Field(
+        description="a folder in the diffusers layout, zoo:NAME, or a Hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5"
+    )
+    scheduler: Literal["ddim", "ddpm", "dpmsolver++", "euler", "euler_ancestral", "lcm", "flow_euler"] | None = None
+    tiny: Text | None = Field(default=None, description="folder or Hub id of an AutoencoderTiny, for decode: tiny")
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    steps: Annotated[int, Field(ge=1, le=1000), _NUMERIC] = 25
+    mode: Literal["full", "clean", "off"] = Field(
+        default="full", description="gradient through the denoiser, of the predicted clean image alone, or no guidance"
+    )
+    scale: NotNegative = Field(default=1.0, description="of a step; 1 is that of the tilted density exp(-energy)")
+    clip: Positive = Field(default=0.3, description="largest root mean square of a step, in units of the noise level")
+    repeats: Annotated[int, Field(ge=1, le=100), _NUMERIC] = Field(default=1, description="gradient steps per network call, in mode clean")
+    decode: Literal["vae", "tiny", "linear"] = Field(default="vae", description="for the gradient; finished images have the whole decoder")
+    prompts: Annotated[tuple[Text, ...], Field(min_length=1)] | None = Field(
+        default=None, description="wordings, with {} where the name of the class goes"
+    )
+    prompts_file: Text | None = Field(default=None, description="YAML or JSON: a list of texts for each name in classes")
+    negative: Annotated[str, AfterValidator(_plain)] = ""
+    guidance_scale: Annotated[float, Field(ge=0, le=100), _NUMERIC] = Field(
+        default=1.0, description="of classifier-free guidance; 1 is none"
+    )
+    eta: Annotated[float, Field(ge=0, le=1), _NUMERIC] = Field(default=0.0, description="of ddim: 0 is deterministic")
+    save_memory: bool = Field(default=False, description="checkpoint the denoiser's activations, and decode image by image")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Guided:
+        if self.prompts and self.prompts_file:
+            raise ValueError("give prompts or prompts_file, not both")
+        if self.prompts_file and not self.classes:
+            raise ValueError("prompts_file needs classes, whose names it lists")
+        if self.prompts and not self.classes and any("{}" in p for p in self.prompts):
+            raise ValueError("prompts with {} need classes, whose names go there")
+        if (self.decode == "tiny") != (self.tiny is not None):
+            raise ValueError("decode: tiny and tiny, the network it is done with, go together")
+        if self.repeats > 1 and self.mode != "clean":
+            raise ValueError("repeats goes with mode clean; in mode full each step would be another pass of the denoiser")
+        return self
+
+
+def _surrogate_kind(value: Any) -> Any:
+    return value.get("kind", "ancestral") if isinstance(value, dict) else getattr(value, "kind", None)
+
+
+Surrogate = Annotated[
+    Annotated[Ancestral, Tag("ancestral")]
+    | Annotated[Uniform, Tag("uniform")]
+    | Annotated[Inversion, Tag("inversion")]
+    | Annotated[Latent, Tag("latent")]
+    | Annotated[Guided, Tag("guided")],
+    Discriminator(
+        _surrogate_kind, custom_error_type="kind", custom_error_message="kind: ancestral, uniform, inversion, latent or guided is expected"
+    ),
+]
 
 
 class Generator(Training):
@@ -281,6 +433,11 @@ class Generator(Training):
     rules: tuple[Rule, ...] = (Rule(nodes="z*", by="wasserstein2", weight=0.1, reduce="mean"), Rule(nodes="out", by="kl"))
     replay: Pattern = Field(default="", description="pattern of nodes at which the student takes the teacher's values")
     share: Pattern = Field(default="*", description="pattern of nodes at which the student gets the teacher's noise")
+    start: Literal["noise", "surrogate"] = Field(
+        default="noise",
+        description="what a data-free arm's batches begin with: noise that never runs out, or the noise that the teacher infers behind the "
+        "surrogate's images",
+    )
 
 
 class Encoder(Training):
@@ -312,6 +469,15 @@ class Distill(Section):
     generate: Generator | None = Generator()
     infer: Encoder | None = Encoder()
     scratch: Scratch = Scratch()
+    rounds: Annotated[int, Field(ge=1, le=1000), _NUMERIC] = Field(
+        default=1,
+        description="parts that the data-free phase infer is done in; before each but the first, surrogates with the energy disagreement "
+        "are made again against the student, and join the images",
+    )
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 class Arm(Section):
@@ -326,6 +492,10 @@ class Arm(Section):
     steps: Count | None = Field(default=None, description="updates of the first phase, where this arm's differ from the recipe's")
     replay: Pattern | None = None
     share: Pattern | None = None
+    start: Literal["noise", "surrogate"] | None = Field(default=None, description="of the phase generate, where this arm's differs")
+    surrogate: Annotated[tuple[Name, ...], Field(min_length=1), BeforeValidator(_listed)] | None = Field(
+        default=None, description="one of the recipe's surrogates by name, or several put together; by default the section surrogate"
+    )
     infer: bool = Field(default=True, description="whether a distilled arm's encoder is trained too")
 
     @property
@@ -342,6 +512,8 @@ class Arm(Section):
     def _fits(self) -> Arm:
         if self.kind == "scratch" and (self.replay is not None or self.share is not None):
             raise ValueError("replay and share are of distilled arms; a scratch arm has no teacher")
+        if self.kind != "data_free" and (self.start is not None or self.surrogate is not None):
+            raise ValueError("start and surrogate are of data_free arms; the others have real images")
         if self.title == "teacher":
             raise ValueError("an arm cannot be named teacher, which is the teacher's own row")
         return self
@@ -388,12 +560,27 @@ class Recipe(Section):
     train: Train | None = None
     teacher: Teacher | None = None
     student: Student | None = None
-    surrogate: Ancestral | None = None
+    surrogate: Surrogate | None = None
+    surrogates: dict[Name, Surrogate] = Field(default={}, description="further ones by name, for arms that say so")
     distill: Distill | None = None
     arms: Annotated[tuple[Arm, ...], Field(min_length=1)] = (Arm(kind="data_free"),)
     evaluate: Evaluate | None = None
     report: Report | None = None
     compute: Compute = Compute()
+
+    @property
+    def synthesized(self) -> dict[str, Surrogate]:
+        """Every surrogate by its folder within the run's."""
+        first: dict[str, Surrogate] = {"surrogate": self.surrogate} if self.surrogate else {}
+        return first | {f"surrogates/{name}": section for name, section in self.surrogates.items()}
+
+    def images_of(self, arm: Arm) -> tuple[str, ...]:
+        """Folders of the surrogates that an arm trains on: none for one that has real images, or nothing but noise."""
+        distill = self.distill or Distill()
+        generates = distill.generate is not None and (arm.start or distill.generate.start) == "surrogate"
+        if arm.kind != "data_free" or not (generates or (distill.infer is not None and arm.infer)):
+            return ()
+        return tuple(f"surrogates/{name}" for name in arm.surrogate) if arm.surrogate else ("surrogate",)
 
     @field_validator("seeds", "arms")
     @classmethod
@@ -413,22 +600,38 @@ class Recipe(Section):
                 problems.append("teacher: kind trained needs a train section")
             elif isinstance(self.train.model, CLASSIFIERS) and self.distill and self.distill.generate:
                 problems.append("distill.generate: train.model is a classifier, which does not generate; set generate: null")
-        if self.surrogate and not self.teacher:
-            problems.append("surrogate: needs a teacher")
+        if self.synthesized and not self.teacher:
+            problems.append(f"{'surrogate' if self.surrogate else 'surrogates'}: needs a teacher")
         if self.distill and not self.teacher:
             problems.append("distill: needs a teacher")
         if self.distill and not self.student:
             problems.append("distill: needs a student")
         kinds = {arm.kind for arm in self.arms}
-        if self.distill and self.distill.infer and not self.surrogate and "data_free" in kinds:
-            way_out = ", or infer: null" if self.distill.generate else ""
-            problems.append(f"distill.infer: trains the encoder on surrogate images and needs a surrogate section{way_out}")
+        for arm in self.arms if self.distill else ():
+            if unknown := [f for f in self.images_of(arm) if f not in self.synthesized]:
+                if arm.surrogate:
+                    known = ", ".join(self.surrogates) or "none"
+                    problems.append(f"arm {arm.title}: surrogate {unknown[0].partition('/')[2]} is not among surrogates, which has {known}")
+                    continue
+                phase = "infer" if self.distill and self.distill.infer and arm.infer else "generate"
+                way_out = ", or infer: null" if phase == "infer" and self.distill and self.distill.generate else ""
+                problems.append(f"distill.{phase}: trains on surrogate images and needs a surrogate section{way_out}")
+                break
         if self.distill and not self.distill.generate:
             for arm in self.arms:
                 if arm.kind != "scratch" and not (self.distill.infer and arm.infer):
                     problems.append(f"arm {arm.title}: without generate and infer it has no phase")
-                if arm.replay is not None or arm.share is not None:
-                    problems.append(f"arm {arm.title}: replay and share are of the phase generate, which is null")
+                if any(v is not None for v in (arm.replay, arm.share, arm.start)):
+                    problems.append(f"arm {arm.title}: replay, share and start are of the phase generate, which is null")
+        compares = [f for f, section in self.synthesized.items() if any(term.kind == "disagreement" for term in section.energy)]
+        if compares and (self.distill is None or self.distill.rounds < 2):
+            problems.append(f"{compares[0]}: energy disagreement compares with the student of the round before; set distill.rounds above 1")
+        if (
+            self.distill
+            and self.distill.rounds > 1
+            and (not compares or not self.distill.infer or self.distill.infer.steps < self.distill.rounds)
+        ):
+            problems.append("distill.rounds: needs a surrogate with the energy disagreement, and a phase infer with a step for each round")
         if self.distill and not self.data and kinds != {"data_free"}:
             problems.append("arms: with_data and scratch need data")
         if self.evaluate and not self.distill:
@@ -581,10 +784,16 @@ _SHORT.maxstring = _SHORT.maxother = 80
 
 def _dotted(location: Sequence[int | str]) -> str:
     """The path as the user wrote it: without the names that pydantic gives to the members of a union."""
-    unions, tags = {"data", "teacher", "net", "model"}, {"digits", "folder", "parquet", "npz", "lvae", "vae", "classifier", "resnet"}
-    tags |= {"pretrained", "trained", "weights", "python"}
-    before = ["", *location]
-    parts = [str(p) for p, parent in zip(location, before, strict=False) if not (parent in unions and p in tags)]
+    unions, tags = (
+        {"data", "teacher", "net", "model", "surrogate"},
+        {"digits", "folder", "parquet", "npz", "lvae", "vae", "classifier", "resnet"},
+    )
+    tags |= {"pretrained", "trained", "weights", "python", "ancestral", "uniform", "inversion", "latent", "guided"}
+    parts = []
+    for i, part in enumerate(location):
+        named = i > 1 and location[i - 2] == "surrogates"
+        if not (part in tags and i and (location[i - 1] in unions or named)):
+            parts.append(str(part))
     return ".".join(parts)
 
 
@@ -602,11 +811,11 @@ def check(tree: Any) -> Recipe:
         raise RecipeError(_shown("\n".join(map(_problem, error.errors())))) from None
 
 
-def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a YAML recipe, with dotted overrides such as ``distill.generate.lr=1e-3``.
+def read_tree(path: str | Path) -> Any:
+    """Read a small YAML or JSON file as plain data.
 
     Raises:
-        RecipeError: the file is missing, is no YAML, or is no recipe.
+        RecipeError: the file is missing, too large, or no YAML.
     """
     try:
         with Path(path).open("rb") as file:
@@ -620,7 +829,16 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: cannot be read ({error})") from None
     if len(data) > MAX_RECIPE_BYTES:
         raise RecipeError(f"{path}: more than {MAX_RECIPE_BYTES} bytes; a recipe is a page of text")
-    tree = _parse(text, str(path))
+    return _parse(text, str(path))
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe, with dotted overrides such as ``distill.generate.lr=1e-3``.
+
+    Raises:
+        RecipeError: the file is missing, is no YAML, or is no recipe.
+    """
+    tree = read_tree(path)
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: a mapping of sections is expected, found {_kind(tree)}")
     for assignment in overrides:

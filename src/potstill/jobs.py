@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +28,10 @@ from .evaluate.cost import parameters
 from .families.classifier import classes_of
 from .model import Model
 from .noise import Noise
-from .state import States, lock, os_error, publish, read_json, save_tensors, sha256, write_json
+from .state import States, fingerprint, lock, os_error, publish, read_json, save_tensors, sha256, write_json
 from .synthesize import surrogate
+from .synthesize.prior import Prompts
+from .synthesize.synthesis import Synthesis, Synthesizer, Watch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -51,6 +53,8 @@ class Workshop:
     recipe: config.Recipe
     folder: Path
     allowed: tuple[str, ...] = ()
+    _surrogates: dict[str, npt.NDArray[np.uint8]] = field(default_factory=dict, init=False, repr=False)
+    _synthesizers: dict[str, tuple[Synthesizer, Prompts | None]] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def device(self) -> torch.device:
@@ -102,13 +106,42 @@ class Workshop:
         """Digests of the training images and of the held-out ones."""
         return self.real.train.digest(), self.real.test.digest()
 
-    @cached_property
-    def surrogate(self) -> npt.NDArray[np.uint8]:
-        """Surrogate images, of the teacher's shape."""
-        images = surrogate.read(self.folder / "surrogate")
-        if images.shape[1:] != self.teacher.images.shape:
-            raise BadInput(f"surrogate: images of {images.shape[1:]}, the teacher's are {self.teacher.images.shape}")
-        return images
+    def surrogate(self, folder: str) -> npt.NDArray[np.uint8]:
+        """Surrogate images of that folder within the run's, of the teacher's shape."""
+        if folder not in self._surrogates:
+            images = surrogate.read(self.folder / folder)
+            if images.shape[1:] != self.teacher.images.shape:
+                raise BadInput(f"{folder}: images of {images.shape[1:]}, the teacher's are {self.teacher.images.shape}")
+            self._surrogates[folder] = images
+        return self._surrogates[folder]
+
+    def images_of(self, arm: config.Arm) -> npt.NDArray[np.uint8] | None:
+        """What an arm trains on: real images, its surrogates put together, or ``None``, nothing but noise."""
+        if arm.kind != "data_free":
+            return self.real.train.images
+        folders = self.recipe.images_of(arm)
+        return np.concatenate([self.surrogate(folder) for folder in folders]) if folders else None
+
+    def synthesis(self, folder: str, student: Model | None = None, watch: Watch | None = None) -> Synthesis:
+        """What makes the surrogate of that folder.
+
+        Args:
+            folder: within the run's.
+            student: the adversary of energies that compare; without one they are left out.
+            watch: told of the steps of its first batch.
+        """
+        section, of = self.recipe.synthesized[folder], self.recipe.teacher
+        assert of is not None  # the recipe's own check
+        if folder not in self._synthesizers:
+            self._synthesizers[folder] = build.synthesizer(section, self.teacher)
+        synthesizer, prompts = self._synthesizers[folder]
+        energy = build.energy(section.energy, self.teacher, of, self.recipe.seed, self.allowed, student is not None)
+        classes = len(section.classes) if section.classes else None
+        if any(t.kind in ("cross_entropy", "disagreement") for t in section.energy) and self.classes is None:
+            raise BadInput(f"{folder}: its energies are of classifiers; the teacher is a {type(self.teacher.net).__name__}")
+        if any(t.kind == "cross_entropy" for t in section.energy) and classes != self.classes:
+            raise BadInput(f"{folder}.classes: {classes or 'none'} given, but the teacher tells {self.classes} apart; name every class")
+        return Synthesis(synthesizer, self.teacher, energy, classes, student, prompts.of if prompts else None, watch)
 
     def student(self, seed: int) -> Model:
         """A fresh student."""
@@ -170,7 +203,17 @@ def updates(recipe: config.Recipe, arm: config.Arm) -> dict[str, int]:
         phases["infer"] = distill.infer.steps
     if arm.steps:
         phases[next(iter(phases))] = arm.steps
+    rounds = distill.rounds if arm.kind == "data_free" and "infer" in phases else 1
+    if rounds > 1:
+        steps = phases.pop("infer")
+        ends = [steps * i // rounds for i in range(rounds + 1)]
+        phases |= {f"infer-{i + 1}": ends[i + 1] - ends[i] for i in range(rounds)}
     return phases
+
+
+def _plain_name(phase: str) -> str:
+    """The phase without the number of its round."""
+    return phase.partition("-")[0]
 
 
 def _loader(images: npt.NDArray[np.uint8], device: torch.device, augment: config.Augment | None) -> Callable[[Batch], Tensor]:
@@ -267,9 +310,10 @@ def rehearse(shop: Workshop, teacher: Model) -> None:
                 if name == "scratch":
                     losses, learns = scratch(), {n for n, _ in student.net.named_parameters()}
                 else:
-                    images = None if arm.kind == "data_free" and name == "generate" else gray
-                    losses = _objective(distill, arm, name, teacher, student)(noise, images, 2)
-                    learns = _learns(distill, student, name)
+                    plain = _plain_name(name)
+                    images = gray if plain == "infer" or _starts(distill, arm) else None
+                    losses = _objective(distill, arm, plain, teacher, student)(noise, images, 2)
+                    learns = _learns(distill, student, plain)
                 shape = tuple(total(losses).shape) if losses else None
             except BadInput:
                 raise
@@ -279,22 +323,26 @@ def rehearse(shop: Workshop, teacher: Model) -> None:
                 what = "no rule has a weight, so there is no loss" if shape is None else f"losses of 2 samples are {shape}"
                 raise BadInput(f"arm {arm.title}, {name}: {what}")
             if not learns:
-                own = " of its own" if name == "infer" else ""
+                own = " of its own" if _plain_name(name) == "infer" else ""
                 raise BadInput(f"arm {arm.title}, {name}: the student's {name} program has no parameters{own} to train")
 
 
-def _distilled(shop: Workshop, job: Job, student: Model, distill: config.Distill) -> Callable[[str], Phase]:
+def _starts(distill: config.Distill, arm: config.Arm) -> bool:
+    """Whether the phase generate begins with images, and infers the noise behind them."""
+    return arm.kind != "data_free" or (arm.start or (distill.generate or config.Generator()).start) == "surrogate"
+
+
+def _distilled(shop: Workshop, job: Job, student: Model, distill: config.Distill, keep_going: Callable[[], bool]) -> Callable[[str], Phase]:
     arm, teacher = job.arm, shop.teacher
-    images = {
-        "generate": shop.real.train.images if arm.kind == "with_data" else None,
-        "infer": shop.real.train.images if arm.kind == "with_data" else (shop.surrogate if distill.infer else None),
-    }
     sections: dict[str, config.Training | None] = {"generate": distill.generate, "infer": distill.infer}
     counts = updates(shop.recipe, arm)
 
     def phase(name: str) -> Phase:
-        pool = images[name]
-        section = sections[name]
+        plain, _, number = name.partition("-")
+        pool = shop.images_of(arm) if plain == "infer" or _starts(distill, arm) else None
+        if number and pool is not None:
+            pool = np.concatenate([pool, *_adversarial(shop, job, student, int(number), keep_going)])
+        section = sections[plain]
         assert section is not None  # or it would be no phase of the arm's
         section = section.model_copy(update={"steps": counts[name]})
         load = None if pool is None else _loader(pool, shop.device, section.augment)
@@ -303,11 +351,38 @@ def _distilled(shop: Workshop, job: Job, student: Model, distill: config.Distill
             losses: dict[str, Tensor] = module(batch.noise, load(batch) if load else None, batch.n)
             return losses
 
-        objective = _objective(distill, arm, name, teacher, student)
-        learns = train_only(student.net, _learns(distill, student, name))
+        objective = _objective(distill, arm, plain, teacher, student)
+        learns = train_only(student.net, _learns(distill, student, plain))
         return Phase(name, objective, loss, learns, section, 0 if pool is None else len(pool))
 
     return phase
+
+
+def _adversarial(shop: Workshop, job: Job, student: Model, number: int, keep_going: Callable[[], bool]) -> Iterator[npt.NDArray[np.uint8]]:
+    """The images that earlier rounds made, and those of this one, whose adversary is the student as it is now."""
+    for i in range(2, number + 1):
+        for source in shop.recipe.images_of(job.arm):
+            section = shop.recipe.synthesized[source]
+            if not any(term.kind == "disagreement" for term in section.energy):
+                continue
+            folder = student_folder(shop.folder, job) / f"round-{i}" / source
+            if i == number:
+                modes = {module: module.training for module in student.net.modules()}
+                student.net.eval()
+                surrogate.write(
+                    folder,
+                    shop.synthesis(source, student),
+                    Noise((shop.recipe.seed, source, job.seed, "round", i)),
+                    n=section.n,
+                    batch=section.batch,
+                    shard=section.shard,
+                    identity=fingerprint({"student": build.digest_of(student.net), "section": section.model_dump(mode="json")}),
+                    source=section.kind,
+                    keep_going=keep_going,
+                )
+                for module, mode in modes.items():
+                    module.training = mode
+            yield surrogate.read(folder)
 
 
 def _from_scratch(
@@ -352,7 +427,7 @@ def make_student(
         section = distill.scratch.model_copy(update={"steps": job.arm.steps or distill.scratch.steps})
         phases = _from_scratch(shop, student, section, "scratch", shop.classes is not None)
     else:
-        phases = _distilled(shop, job, student, distill)
+        phases = _distilled(shop, job, student, distill, keep_going)
     states = States(states_of(shop.folder) / job.name)
     folder = student_folder(shop.folder, job)
     counts = updates(recipe, job.arm)

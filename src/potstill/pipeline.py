@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,6 +25,7 @@ import torch
 from . import __version__, build, config
 from .data import Dataset, Split
 from .distill.loop import accelerator, threads
+from .energy.view import Look
 from .errors import BadInput, BrokenFile, Failed, Refused
 from .evaluate.arms import accuracy, cost, over_seeds, quality, reconstructions, samples
 from .evaluate.cost import file_mib, parameters
@@ -49,7 +50,9 @@ from .noise import Noise
 from .progress import Board, LogTail
 from .state import fingerprint, lock, plain_tensors, read_json, replacing, sha256, sweep, write_json, write_text
 from .synthesize import surrogate
-from .synthesize.ancestral import Ancestral
+from .synthesize.guided import Guided
+from .synthesize.inversion import Inversion, LatentInversion
+from .synthesize.synthesis import Synthesis
 from .worker import INTERRUPTED, stoppable, verdict
 
 STAGES = ("train", "synthesize", "distill", "evaluate", "report")
@@ -83,8 +86,8 @@ class Run:
         return build.features(evaluate.features, self.shop.device, self.allowed, evaluate.batch, self.shop.real.train.images.shape[1:])
 
     def _section(self, stage: str) -> Any:
-        section = getattr(self.recipe, _SECTION[stage])
-        if section is None:
+        section = self.recipe.synthesized if stage == "synthesize" else getattr(self.recipe, _SECTION[stage])
+        if not section:
             raise BadInput(f"{self.recipe.name}: the recipe has no {_SECTION[stage]} section")
         return section
 
@@ -106,13 +109,12 @@ class Run:
         if set(stages) & {"synthesize", "distill", "evaluate"}:
             teacher = self._teacher_to_be(stages)
             classes = classes_of(teacher)
-            if "synthesize" in stages and isinstance(self.recipe.surrogate, config.Ancestral) and teacher.generate is None:
-                kind = type(teacher.net).__name__
-                raise BadInput(f"surrogate: kind ancestral draws from the teacher's own prior, but a {kind} does not generate")
+            if "synthesize" in stages:
+                self._check_synthesize(teacher)
             if {"distill", "evaluate"} & set(stages):
                 self._check_data(classes)
             if "distill" in stages:
-                if "synthesize" not in stages and self._images_needed and not (self.folder / "surrogate" / "manifest.json").exists():
+                if "synthesize" not in stages and not all((self.folder / f / "manifest.json").exists() for f in self._images_needed):
                     raise BadInput("distill: no surrogate yet; run the synthesize stage first")
                 if not self._is_done("distill"):
                     rehearse(self.shop, teacher)
@@ -148,7 +150,8 @@ class Run:
             case "train":
                 return {"train": r.train, "data": r.data, "seed": r.seed}
             case "synthesize":
-                return {"surrogate": r.surrogate, "seed": r.seed, "teacher": r.teacher}
+                more = {"surrogates": r.surrogates} if r.surrogates else {}
+                return {"surrogate": r.surrogate, "seed": r.seed, "teacher": r.teacher} | more
             case "distill":
                 distill = {
                     "distill": r.distill,
@@ -171,10 +174,9 @@ class Run:
         return any(arm.kind != "data_free" for arm in self.recipe.arms)
 
     @property
-    def _images_needed(self) -> bool:
-        """Whether distill trains on surrogate images."""
-        distill = self.recipe.distill
-        return distill is not None and distill.infer is not None and any(arm.kind == "data_free" for arm in self.recipe.arms)
+    def _images_needed(self) -> list[str]:
+        """Folders of the surrogates that distill trains on."""
+        return sorted({f for arm in self.recipe.arms for f in self.recipe.images_of(arm)}) if self.recipe.distill else []
 
     def _teacher_to_be(self, stages: tuple[str, ...]) -> Model:
         """The teacher, or one of the same shape with fresh weights where it is still to be trained."""
@@ -187,6 +189,22 @@ class Run:
         model: Model = build.born(0, "stand-in", lambda: build.network(section)).model().frozen()
         model.net.to(self.shop.device)
         return model
+
+    def _check_synthesize(self, teacher: Model) -> None:
+        """See that each surrogate can be made, by a single step of two images where the teacher is there already."""
+        for folder, section in self.recipe.synthesized.items():
+            build.synthesizer(section, teacher)
+            if isinstance(self.recipe.teacher, config.Trained) and teacher is not self.shop.teacher:
+                continue
+            synthesis = self.shop.synthesis(folder)
+            if isinstance(synthesis.synthesizer, (Guided, Inversion, LatentInversion)):
+                synthesis = replace(synthesis, synthesizer=replace(synthesis.synthesizer, steps=1))
+            try:
+                synthesis(range(2), Noise((self.recipe.seed, folder, "rehearsal")))
+            except (BadInput, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                raise BadInput(f"{folder}: {build.reason(error)}") from None
 
     def _check_train(self) -> None:
         section = self._section("train")
@@ -237,23 +255,47 @@ class Run:
             self.board.say("  held out: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
 
     def synthesize(self) -> None:
-        """The surrogate data set."""
-        section = self._section("synthesize")
-        depends = self._reads("synthesize") | {"weights": self.shop.teacher_digest}
-        with self._stage("synthesize", depends, [self.folder / "surrogate" / "manifest.json"]) as work:
+        """The surrogate data sets."""
+        self._section("synthesize")
+        sections, shop = self.recipe.synthesized, self.shop
+        priors = {f: d for f in sections if (d := self._prior_digest(f))}
+        depends = self._reads("synthesize") | {"weights": shop.teacher_digest} | ({"priors": priors} if priors else {})
+        with self._stage("synthesize", depends, [self.folder / f / "manifest.json" for f in sections]) as work:
             if not work:
                 return
-            surrogate.write(
-                self.folder / "surrogate",
-                Ancestral(self.shop.teacher, section.observe),
-                Noise((self.recipe.seed, "surrogate")),
-                n=section.n,
-                batch=section.batch,
-                shard=section.shard,
-                identity=fingerprint(_plain(depends)),
-                source=section.kind,
-                progress=lambda done: self.board.update("synthesize", done, section.n, "images"),
-            )
+            for folder, section in sections.items():
+                steps = surrogate.Steps()
+                synthesis = shop.synthesis(folder, watch=steps.watch)
+                self._say_memory(folder, synthesis, min(section.batch, section.n))
+                surrogate.write(
+                    self.folder / folder,
+                    synthesis,
+                    Noise((self.recipe.seed, folder)),
+                    n=section.n,
+                    batch=section.batch,
+                    shard=section.shard,
+                    identity=fingerprint(_plain({k: v for k, v in depends.items() if k != "surrogates"} | {"section": section})),
+                    source=section.kind,
+                    steps=steps,
+                    progress=partial(self.board.update, "synthesize", total=section.n, detail=f"images of {folder}"),
+                )
+
+    def _say_memory(self, folder: str, synthesis: Synthesis, batch: int) -> None:
+        guided = synthesis.synthesizer
+        if not isinstance(guided, Guided):
+            return
+        labels = None if synthesis.classes is None else torch.arange(2, device=self.shop.device)
+        noise = Noise((self.recipe.seed, folder, "memory"))
+        weights, image = guided.memory(synthesis.energy, Look(self.shop.teacher, labels=labels, noise=noise), noise)
+        text = f"  {folder}: prior of {guided.prior.parameters():,} parameters, {weights / 2**20:.1f} MiB; "
+        text += f"a batch of {batch} keeps about {batch * image / 2**20:.1f} MiB for the gradient"
+        if guided.prior.linear_rest is not None:
+            text += f"; the linear decode leaves {guided.prior.linear_rest:.0%} of the variance"
+        self.board.say(text)
+
+    def _prior_digest(self, folder: str) -> str | None:
+        synthesizer = self.shop.synthesis(folder).synthesizer
+        return synthesizer.prior.digest() if isinstance(synthesizer, Guided) else None
 
     def distill(self) -> None:
         """Every student: arms times seeds, side by side where the machine has the cores."""
@@ -261,7 +303,7 @@ class Run:
         recipe = self.recipe
         depends = self._reads("distill") | {
             "weights": self.shop.teacher_digest,
-            "surrogate": surrogate.digest(self.folder / "surrogate") if self._images_needed else None,
+            "surrogate": {folder: surrogate.digest(self.folder / folder) for folder in self._images_needed},
             "pixels": self.shop.pixels[0] if self._data_needed else None,
         }
         identity = fingerprint(_plain(depends))
@@ -486,8 +528,9 @@ class Run:
                 counts[name] = {"params": parameters(model.net), "size_mib": self._size_mib(job, model)}
                 done += 1
                 self.board.update("evaluate", done, total, name)
-        if (self.folder / "surrogate" / "manifest.json").exists():
-            pictures |= _nearest(shop.surrogate[:shown], data.train.images)
+        first = next((f for f in recipe.synthesized if (self.folder / f / "manifest.json").exists()), None)
+        if first:
+            pictures |= _nearest(shop.surrogate(first)[:shown], data.train.images)
         environment = describe(shop.device) | {"threads": torch.get_num_threads(), "latency_threads": section.latency_threads}
         metrics = {
             "format": METRICS_FORMAT,
@@ -640,7 +683,7 @@ def execute(
         BadInput: something given is wrong; where it can be known before, nothing is written.
         Failed: a worker died.
     """
-    chosen = stages or tuple(s for s in STAGES if getattr(recipe, _SECTION[s]) is not None)
+    chosen = stages or tuple(s for s in STAGES if (recipe.synthesized if s == "synthesize" else getattr(recipe, _SECTION[s])))
     if not chosen:
         raise BadInput(f"{recipe.name}: the recipe has no stage in it: {', '.join(_SECTION.values())}")
     with Board(quiet) as board, build.memory_watched():

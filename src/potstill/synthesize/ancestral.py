@@ -1,4 +1,4 @@
-"""Images from the teacher's own prior: the surrogate data that needs nothing but the teacher."""
+"""Images that take no guidance: from the teacher's own prior, which needs nothing but the teacher, and plain noise."""
 
 from __future__ import annotations
 
@@ -8,26 +8,49 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..model import Model
+from ..energy.view import Energy, Look
 from ..noise import Noise
 from ..trace import run
+from .synthesis import Watch
 
 
 @dataclass(frozen=True)
 class Ancestral:
-    """Ancestral sampling.
+    """The teacher's own images: ancestral sampling, then sweeps of inference and generation.
+
+    A sweep infers an image's latents and generates it again from them. The chain's stationary distribution is the teacher's model of
+    the data as its encoder sees it, which lies closer to the data than samples of the prior (Rezende et al., "Stochastic
+    backpropagation", ICML 2014; Bengio et al., "Generalized denoising auto-encoders", NeurIPS 2013).
 
     Args:
-        teacher: a model that generates.
-        observe: "mean" for the mean of the output's conditional, or "sample" to draw from it, noise and all.
+        observe: "mean" for the mean of the output's conditional, or "sample" to draw from it, noise and all, in the end.
+        sweeps: of inference and generation.
     """
 
-    teacher: Model
     observe: Literal["mean", "sample"] = "mean"
+    sweeps: int = 0
 
     @torch.no_grad()
-    def __call__(self, n: int, noise: Noise) -> Tensor:
-        """``(n, C, H, W)`` float32 in [0, 1]; row ``i`` depends on the noise's row ``i`` alone."""
-        trace = run(self.teacher.program("generate"), noise=noise, n=n, device=self.teacher.device)
+    def __call__(self, energy: Energy, look: Look, n: int, noise: Noise, watch: Watch | None = None) -> Tensor:
+        """``(n, C, H, W)`` float32 in [0, 1]; row ``i`` depends on the noise's row ``i`` alone. No energy guides it."""
+        teacher = look.teacher
+        trace = run(teacher.program("generate"), noise=noise, n=n, device=teacher.device)
+        for sweep in range(self.sweeps):
+            trace = run(teacher.program("infer"), trace.out.dist.mean, noise=noise.fold("sweep", sweep))
         x = trace.out.dist.mean if self.observe == "mean" else trace.output
-        return self.teacher.images.decode(x).float().clamp(0, 1)
+        return teacher.images.decode(x).float().clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Pixels of uniform noise: what a surrogate must beat.
+
+    Args:
+        shape: ``(C, H, W)``.
+    """
+
+    shape: tuple[int, int, int]
+
+    def __call__(self, energy: Energy, look: Look, n: int, noise: Noise, watch: Watch | None = None) -> Tensor:
+        """``(n, C, H, W)`` float32 in [0, 1). No energy guides it."""
+        return noise.uniform("pixels", (n, *self.shape), look.teacher.device)

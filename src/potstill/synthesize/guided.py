@@ -6,40 +6,20 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..energy.view import Energy, Look, gradient
+from ..energy.view import Energy, Look, View, gradient
 from ..errors import BadInput
 from ..noise import Noise
 from .prior import Affine, Condition, Prior, Prompts, affine
+from .synthesis import Step, Watch
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's own conversion to gray
-
-
-@dataclass(frozen=True)
-class Step:
-    """What somebody who watches a synthesis is told after each step.
-
-    Args:
-        index: of the step, from 0.
-        steps: in all.
-        level: share of noise, from 1 to 0.
-        images: the predicted clean images ``(n, C, H, W)``, unclipped.
-        parts: each active term of the energy, weighted, ``(n,)``.
-    """
-
-    index: int
-    steps: int
-    level: float
-    images: Tensor
-    parts: dict[str, Tensor]
-
-
-Watch = Callable[[Step], None]
 
 
 def fitted(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
@@ -134,17 +114,26 @@ class Guided:
     @torch.no_grad()
     def latents(self, energy: Energy, look: Look, n: int, noise: Noise, watch: Watch | None = None) -> Tensor:
         """As :meth:`__call__`, before the decoder: ``(n, C, H, W)`` of the prior's latents."""
+        if self.decode == "linear" and self.mode != "off":
+            self.fit_linear()
+        return self._sampled(energy, look.labels, look, n, noise, watch)
+
+    def _sampled(self, energy: Energy, labels: Tensor | None, look: Look | None, n: int, noise: Noise, watch: Watch | None) -> Tensor:
         prior, scheduler = self.prior, copy.deepcopy(self.prior.scheduler)
         scheduler.set_timesteps(self.steps, device=prior.device)
-        prompts = self.prompts.of(look.labels, noise, n) if self.prompts else None
-        condition = prior.condition(prompts, look.labels, self.prompts.negative if self.prompts else "", self.guidance_scale)
+        prompts = self.prompts.of(labels, noise, n) if self.prompts else None
+        condition = prior.condition(prompts, labels, self.prompts.negative if self.prompts else "", self.guidance_scale)
         arguments = _step_arguments(scheduler, n, noise, self.eta)
         z = noise.normal("latents", (n, *prior.latent_shape), prior.device) * getattr(scheduler, "init_noise_sigma", 1.0)
         count, checked = len(scheduler.timesteps), frozenset[str]()
         for i, t in enumerate(scheduler.timesteps):
             at, progress = affine(scheduler, i), i / count
-            active = energy.active(progress) if self.mode != "off" and at.sigma > 0 else frozenset()
-            output, parts = self._output(energy, look, scheduler, z, t, at, condition, progress, active, bool(active - checked))
+            active = energy.active(progress) if self.mode != "off" and at.sigma > 0 else frozenset[str]()
+            if look is None or not active:
+                output, parts = self._predicted(scheduler, z, t, condition), dict[str, Tensor]()
+            else:
+                view = partial(look, progress=progress)
+                output, parts = self._guided(energy, view, scheduler, z, t, at, condition, bool(active - checked))
             checked |= active
             if watch:
                 clean = at.skip * z + at.out * output
@@ -152,42 +141,70 @@ class Guided:
             z = scheduler.step(output, t, z, **arguments, return_dict=False)[0].float()
         return z
 
-    def _output(
+    def fit_linear(self, n: int = 64, steps: int = 10) -> float:
+        """Fit the prior's linear decode to unguided samples of its own, unless that is done, and return the share of variance it leaves."""
+        prior = self.prior
+        if prior.linear_rest is None:
+            classes = len(self.prompts.wordings) if self.prompts else prior.classes or 1
+            labels = torch.arange(n, device=prior.device) % classes
+            sampler = replace(self, steps=min(steps, self.steps), mode="off")
+            latents = sampler._sampled(Energy(), labels, None, n, Noise(("linear decode",)), None)
+            prior.fit_linear(latents)
+        assert prior.linear_rest is not None
+        return prior.linear_rest
+
+    def memory(self, energy: Energy, look: Look, noise: Noise) -> tuple[int, int]:
+        """Bytes of the prior's parameters, and what one image keeps for the gradient, measured on one step.
+
+        Args:
+            energy: that guides.
+            look: of as many images as it has labels for, or of two.
+            noise: of those.
+        """
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if not isinstance(tensor, torch.nn.Parameter):
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        n = 2 if look.labels is None else len(look.labels)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            replace(self, steps=1).latents(energy, look, n, noise)
+        return self.prior.nbytes(), sum(kept.values()) // n
+
+    def _predicted(self, scheduler: Any, z: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        scaled = scheduler.scale_model_input(z, t) if hasattr(scheduler, "scale_model_input") else z
+        return self.prior.predict(scaled.to(self.prior.dtype), t, condition).float()
+
+    def _guided(
         self,
         energy: Energy,
-        look: Look,
+        view: Callable[[Tensor], View],
         scheduler: Any,
         z: Tensor,
         t: Tensor,
         at: Affine,
         condition: Condition,
-        progress: float,
-        active: frozenset[str],
         check: bool,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The network's output, changed so that the clean sample it stands for is moved down the energy's gradient."""
-
-        def predict(noisy: Tensor) -> Tensor:
-            scaled = scheduler.scale_model_input(noisy, t) if hasattr(scheduler, "scale_model_input") else noisy
-            return self.prior.predict(scaled.to(self.prior.dtype), t, condition).float()
-
-        if not active:
-            return predict(z), {}
         if self.mode == "full":
             with torch.enable_grad():
                 noisy = z.detach().requires_grad_()
-                output = predict(noisy)
+                output = self._predicted(scheduler, noisy, t, condition)
                 clean = at.skip * noisy + at.out * output
-                slope, parts = gradient(energy, look(self.images(clean, self.decode), progress), noisy, check)
+                slope, parts = gradient(energy, view(self.images(clean, self.decode)), noisy, check)
             # Tweedie's formula: the mean of the clean sample under the tilted density. Where flow matching begins, alpha is 0.
             move = self._clipped(slope * (at.sigma**2 / max(at.alpha, 1e-3)), at)
             return output.detach() - move / at.out, parts
-        output = predict(z)
-        moved, first = at.skip * z + at.out * output, {}
+        output = self._predicted(scheduler, z, t, condition)
+        moved, first = at.skip * z + at.out * output, dict[str, Tensor]()
         for repeat in range(self.repeats):
             with torch.enable_grad():
                 clean = moved.detach().requires_grad_()
-                slope, parts = gradient(energy, look(self.images(clean, self.decode), progress), clean, check and not repeat)
+                slope, parts = gradient(energy, view(self.images(clean, self.decode)), clean, check and not repeat)
             first = first or parts
             # For data of variance 1 the clean sample's Jacobian is that of a Gaussian, which turns the step above into this one.
             moved = moved - self._clipped(slope * at.level**2, at)
@@ -209,9 +226,3 @@ def _step_arguments(scheduler: Any, n: int, noise: Noise, eta: float) -> dict[st
     if "eta" in known:
         arguments["eta"] = eta
     return arguments
-
-
-def fit_linear(guided: Guided, noise: Noise, look: Look, n: int = 64, steps: int = 10) -> float:
-    """Fit the prior's linear decode to unguided samples of its own, and return the share of variance it leaves."""
-    sampler = replace(guided, steps=min(steps, guided.steps), mode="off")
-    return guided.prior.fit_linear(sampler.latents(Energy(), look, n, noise))

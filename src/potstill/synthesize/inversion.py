@@ -13,7 +13,8 @@ from ..energy.view import Energy, Look, gradient
 from ..model import Model
 from ..noise import FixedNoise, Noise
 from ..trace import run
-from .guided import Step, Watch, check_fit, fitted
+from .guided import check_fit, fitted
+from .synthesis import Step, Watch
 
 
 @dataclass(frozen=True)

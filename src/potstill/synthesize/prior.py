@@ -5,6 +5,7 @@ The parts are used, never a pipeline's ``__call__``, which runs under ``no_grad`
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -133,6 +134,8 @@ class Prior:
             )
         self._embedded: dict[str, tuple[Tensor, Tensor]] = {}
         self._linear: Tensor | None = None
+        self.linear_rest: float | None = None
+        """Share of variance that the linear decode leaves, once it is fitted."""
         self._tiny: nn.Module | None = None
 
     @classmethod
@@ -222,14 +225,41 @@ class Prior:
         return self.vae.config.out_channels, height * factor, width * factor
 
     def _blocks(self) -> Sequence[int]:
-        config = self.vae.config if self.vae is not None else {}
+        assert self.vae is not None  # the caller's own check
+        config = self.vae.config
         blocks: Sequence[int] = getattr(config, "block_out_channels", None) or config.decoder_block_out_channels
         return blocks
 
+    @property
+    def classes(self) -> int | None:
+        """Number of classes that the denoiser is conditioned on."""
+        return getattr(self.unet.config, "num_class_embeds", None)
+
+    def _nets(self) -> list[nn.Module]:
+        return [net for net in (self.unet, self.vae, self._tiny, *(encoder for _, encoder in self.texts)) if net is not None]
+
     def parameters(self) -> int:
         """Number of parameters of all parts."""
-        nets = [self.unet, self.vae, self._tiny, *(encoder for _, encoder in self.texts)]
-        return sum(p.numel() for net in nets if net is not None for p in net.parameters())
+        return sum(p.numel() for net in self._nets() for p in net.parameters())
+
+    def nbytes(self) -> int:
+        """Bytes of all parts' parameters."""
+        return sum(p.numel() * p.element_size() for net in self._nets() for p in net.parameters())
+
+    def digest(self) -> str:
+        """Hex digest of the weights and the schedule."""
+        hasher = hashlib.sha256(json.dumps(dict(self.scheduler.config), sort_keys=True, default=str).encode())
+        for net in self._nets():
+            for name, tensor in sorted(net.state_dict().items()):
+                hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return hasher.hexdigest()
+
+    def save_memory(self) -> None:
+        """Keep less for the gradient, at the price of time: activations of the denoiser are computed again, images decoded one by one."""
+        self.unet.enable_gradient_checkpointing()
+        if self.vae is not None:
+            self.vae.enable_slicing()
 
     # ------------------------------------------------------------------ condition
 
@@ -253,7 +283,7 @@ class Prior:
             return Condition(self._arguments(embedded), None if nothing is None else self._arguments([nothing] * len(embedded)), strength)
         if strength != 1:
             raise BadInput("prior: it reads no text, so there is no classifier-free guidance; leave guidance_scale at 1")
-        classes = getattr(self.unet.config, "num_class_embeds", None)
+        classes = self.classes
         if not classes:
             return Condition()
         if labels is None:
@@ -344,7 +374,8 @@ class Prior:
         solution = torch.linalg.lstsq(rows.cpu(), target.cpu()).solution
         self._linear = solution.T.float().to(latents.device)
         rest = (rows.cpu() @ solution - target.cpu()).pow(2).sum() / (target.cpu() - target.cpu().mean(0)).pow(2).sum().clamp_min(1e-12)
-        return float(rest)
+        self.linear_rest = float(rest)
+        return self.linear_rest
 
 
 def _join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

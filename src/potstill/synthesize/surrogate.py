@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,16 @@ from ..data import decode
 from ..errors import BadInput, BrokenFile
 from ..noise import Noise
 from ..state import read_json, replacing, sha256, write_json
+from .synthesis import Made, Step
 
 FORMAT = "potstill-surrogate/1"
 
 # What the datasets library stores in a parquet file it writes itself, so that it decodes the column as images.
-_FEATURES = {"info": {"features": {"image": {"_type": "Image"}, "row": {"dtype": "int64", "_type": "Value"}}}}
-_SCHEMA = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("row", pa.int64())])
+_IMAGE = {"image": {"_type": "Image"}}
+_FIELDS = {"image": pa.struct([("bytes", pa.binary()), ("path", pa.string())]), "row": pa.int64()}
+# Of a shard's other columns: labels and texts that its images were made for, and an energy each.
+_MORE = {"label": pa.int64(), "prompt": pa.string()}
+_ENERGY = "energy."
 
 
 def to_uint8(x: Tensor) -> npt.NDArray[np.uint8]:
@@ -45,9 +49,38 @@ def shard_name(i: int) -> str:
     return f"shard-{i:05d}.parquet"
 
 
+class Steps:
+    """The course of a synthesis, of its first batch: what the report's curves and strips of pictures are made of."""
+
+    def __init__(self, pictures: int = 6, columns: int = 8):
+        self._pictures, self._columns = pictures, columns
+        self.level: list[float] = []
+        self.energy: dict[str, list[float]] = {}
+        self.at: list[int] = []
+        self.images: list[npt.NDArray[np.uint8]] = []
+
+    def watch(self, step: Step) -> None:
+        """Told after each step."""
+        self.level.append(step.level)
+        for name, part in step.parts.items():
+            self.energy.setdefault(name, [float("nan")] * (len(self.level) - 1)).append(part.mean().item())
+        for values in self.energy.values():
+            values += [float("nan")] * (len(self.level) - len(values))
+        if step.index % max(1, step.steps // self._columns) == 0 or step.index == step.steps - 1:
+            self.at.append(step.index)
+            self.images.append(to_uint8(step.images[: self._pictures].float().nan_to_num().clamp(0, 1)))
+
+    def save(self, path: Path) -> None:
+        """Write an npz file: ``level`` (steps,), ``energy.NAME`` (steps,), ``at`` (shown,), ``images`` (shown, pictures, C, H, W)."""
+        arrays: dict[str, Any] = {_ENERGY + name: np.array(values) for name, values in self.energy.items()}
+        arrays |= {"level": np.array(self.level), "at": np.array(self.at), "images": np.stack(self.images)}
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+
+
 def write(
     folder: Path,
-    synthesizer: Callable[[int, Noise], Tensor],
+    synthesis: Callable[[Sequence[int], Noise], Made],
     noise: Noise,
     *,
     n: int,
@@ -55,6 +88,7 @@ def write(
     shard: int,
     identity: str,
     source: str,
+    steps: Steps | None = None,
     progress: Callable[[int], None] = lambda done: None,
     keep_going: Callable[[], bool] = lambda: True,
 ) -> None:
@@ -62,18 +96,19 @@ def write(
 
     Args:
         folder: where shards and ``manifest.json`` go.
-        synthesizer: (number of images, noise addressed by their rows) to images ``(n, C, H, W)`` in [0, 1].
-        noise: image ``i`` is row ``i`` of it.
+        synthesis: (rows, noise) to the images of those rows, and what is known of them.
+        noise: of all images.
         n: images in all.
         batch: images at a time; the images do not depend on it.
         shard: images in a file.
         identity: fingerprint of all that the images depend on.
         source: what made them, for the manifest.
+        steps: told of the steps of the first batch; kept as ``steps.npz``.
         progress: told the number of images done.
         keep_going: asked before every batch; when it says no, ``KeyboardInterrupt`` is raised. Whole shards stay.
 
     Raises:
-        BadInput: the synthesizer gave a value that is not finite.
+        BadInput: an image has a value that is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     names = []
@@ -82,23 +117,55 @@ def write(
         names.append(path)
         rows = range(start, min(start + shard, n))
         if not _is_done(path, identity, len(rows)):
-            images: list[dict[str, Any]] = []
+            columns: dict[str, list[Any]] = {}
             for first in range(rows.start, rows.stop, batch):
                 if not keep_going():
                     raise KeyboardInterrupt
                 part = range(first, min(first + batch, rows.stop))
-                x = synthesizer(len(part), noise.at(part))
-                if not x.isfinite().all():
+                made = synthesis(part, noise)
+                if not made.images.isfinite().all():
                     raise BadInput("surrogate: the teacher gives NaN or infinite pixels; look at its weights")
-                images += [{"bytes": _png(p), "path": f"{row:08d}.png"} for row, p in zip(part, to_uint8(x), strict=True)]
+                for name, values in _columns(part, made).items():
+                    columns.setdefault(name, []).extend(values)
                 progress(part.stop)
-            table = pa.Table.from_arrays([pa.array(images, _SCHEMA.field("image").type), pa.array(list(rows), pa.int64())], schema=_SCHEMA)
-            table = table.replace_schema_metadata({"huggingface": json.dumps(_FEATURES), "potstill": identity})
+            table = _table(columns)
+            table = table.replace_schema_metadata({"huggingface": json.dumps(_features(table.schema)), "potstill": identity})
+            if steps and steps.level and not i:
+                steps.save(folder / "steps.npz")
             with replacing(path) as temporary:
                 pq.write_table(table, temporary)
         progress(rows.stop)
     shards = [{"name": p.name, "sha256": sha256(p), "rows": min(shard, n - i * shard)} for i, p in enumerate(names)]
     write_json(folder / "manifest.json", {"format": FORMAT, "source": source, "images": n, "identity": identity, "shards": shards})
+
+
+def _columns(rows: Sequence[int], made: Made) -> dict[str, list[Any]]:
+    pixels = to_uint8(made.images)
+    columns: dict[str, list[Any]] = {
+        "image": [{"bytes": _png(p), "path": f"{row:08d}.png"} for row, p in zip(rows, pixels, strict=True)],
+        "row": list(rows),
+    }
+    columns |= {name: values for name, values in (("label", made.labels), ("prompt", made.prompts)) if values is not None}
+    return columns | {_ENERGY + name: part.float().tolist() for name, part in made.energies.items()}
+
+
+def _type(name: str) -> pa.DataType:
+    return pa.float32() if name.startswith(_ENERGY) else (_FIELDS | _MORE)[name]
+
+
+def _table(columns: dict[str, list[Any]]) -> pa.Table:
+    return pa.table({name: pa.array(values, _type(name)) for name, values in columns.items()})
+
+
+def _features(schema: pa.Schema) -> dict[str, Any]:
+    plain = {f.name: {"dtype": str(f.type).replace("float", "float32"), "_type": "Value"} for f in schema if f.name != "image"}
+    return {"info": {"features": _IMAGE | plain}}
+
+
+def _is_ours(schema: pa.Schema) -> bool:
+    known = {*_FIELDS, *_MORE}
+    names = schema.names
+    return {*_FIELDS} <= {*names} and all((n in known or n.startswith(_ENERGY)) and schema.field(n).type == _type(n) for n in names)
 
 
 def _is_done(path: Path, identity: str, rows: int) -> bool:
@@ -121,14 +188,8 @@ def _shards(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         yield folder / shard_name(i), entry
 
 
-def read(folder: Path) -> npt.NDArray[np.uint8]:
-    """All images of a surrogate, ``(n, C, H, W)`` uint8, each shard checked against the manifest.
-
-    Raises:
-        BrokenFile: a shard is missing, changed, or no shard of ours; or the manifest is not one.
-        BadInput: an image is corrupt or of another size.
-    """
-    images: list[npt.NDArray[np.uint8]] = []
+def _tables(folder: Path) -> Iterator[tuple[Path, pa.Table]]:
+    """Each shard, checked against the manifest."""
     for path, entry in _shards(folder):
         if not path.is_file() or path.is_symlink():
             raise BrokenFile(f"{path}: no such file")
@@ -138,8 +199,20 @@ def read(folder: Path) -> npt.NDArray[np.uint8]:
             table = pq.read_table(path)
         except (pa.ArrowException, ValueError, OSError) as error:
             raise BrokenFile(f"{path}: not a parquet shard ({str(error).splitlines()[0]})") from None
-        if not table.schema.equals(_SCHEMA) or table.num_rows != entry.get("rows"):
+        if not _is_ours(table.schema) or table.num_rows != entry.get("rows"):
             raise BrokenFile(f"{path}: not a shard of {entry.get('rows')} images; {table.num_rows} rows of {', '.join(table.schema.names)}")
+        yield path, table
+
+
+def read(folder: Path) -> npt.NDArray[np.uint8]:
+    """All images of a surrogate, ``(n, C, H, W)`` uint8, each shard checked against the manifest.
+
+    Raises:
+        BrokenFile: a shard is missing, changed, or no shard of ours; or the manifest is not one.
+        BadInput: an image is corrupt or of another size.
+    """
+    images: list[npt.NDArray[np.uint8]] = []
+    for path, table in _tables(folder):
         for row, cell in enumerate(table["image"].to_pylist()):
             where = f"{path}, row {row}"
             if cell is None or cell["bytes"] is None:
@@ -151,6 +224,20 @@ def read(folder: Path) -> npt.NDArray[np.uint8]:
     if not images:
         raise BrokenFile(f"{folder}: a surrogate without images")
     return np.stack(images)
+
+
+def columns(folder: Path) -> dict[str, list[Any]]:
+    """What is known of a surrogate's images beside their pixels: ``label``, ``prompt`` and ``energy.NAME``, where they are.
+
+    Raises:
+        BrokenFile: as :func:`read`.
+    """
+    found: dict[str, list[Any]] = {}
+    for _, table in _tables(folder):
+        for name in table.schema.names:
+            if name not in _FIELDS:
+                found.setdefault(name, []).extend(table[name].to_pylist())
+    return found
 
 
 def digest(folder: Path) -> str:
