@@ -344,6 +344,20 @@ def test_every_arm_trains_all_of_a_classifier_and_leaves_the_teacher_bit_for_bit
     assert done["updates"] == {"scratch" if arm == "scratch" else "infer": 2}
 
 
+@pytest.mark.usefixtures("noise_images")
+@pytest.mark.parametrize("what", ["data_free", "with_data", "scratch", "train"])
+def test_augmentation_reaches_every_training(tmp_path, what):
+    digests = set()
+    for name, augment in (("plain", None), ("zero", {"shift": 0}), ("moved", {"shift": 2, "padding": "reflect", "flip": True})):
+        steps = STEPS | {"augment": augment}
+        train = {"model": {"kind": "resnet", "image": IMAGE, "classes": 10, "depth": 8, "width": 2}, **steps}
+        arms = [what] if what != "train" else ["scratch"]
+        shop = workshop(tmp_path / name, distill={"generate": None, "infer": steps, "scratch": steps}, train=train, arms=arms)
+        model = jobs.make_teacher(shop, accelerator("cpu")) if what == "train" else trained(shop)[1]
+        digests.add(build.digest_of(model.net))
+    assert len(digests) == 2  # no shift is no change
+
+
 def test_a_distilled_classifier_agrees_with_its_teacher(tmp_path):
     infer = {"steps": 60, "batch": 64, "lr": 2e-2, "warmup": 5}
     shop = workshop(tmp_path, arms=["with_data"], surrogate=None, distill={"generate": None, "infer": infer})
@@ -432,8 +446,7 @@ def test_an_autoencoder_without_a_generator_phase_is_compared_by_its_reconstruct
     assert "Reconstruction MSE from zero" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_a_loss_without_labels_is_one_of_images(tmp_path):
-    """The cross-entropy of a classifier from scratch is of the labels in the data's order, batch by batch."""
+def test_cross_entropy_takes_each_image_with_its_own_label(tmp_path):
     shop = workshop(tmp_path, arms=["scratch"])
     student = shop.student(0)
     phase = jobs._from_scratch(shop, student, config.Scratch(batch=8), "scratch", True)("scratch")
