@@ -332,7 +332,9 @@ def _starts(distill: config.Distill, arm: config.Arm) -> bool:
     return arm.kind != "data_free" or (arm.start or (distill.generate or config.Generator()).start) == "surrogate"
 
 
-def _distilled(shop: Workshop, job: Job, student: Model, distill: config.Distill, keep_going: Callable[[], bool]) -> Callable[[str], Phase]:
+def _distilled(
+    shop: Workshop, job: Job, identity: str, student: Model, distill: config.Distill, keep_going: Callable[[], bool]
+) -> Callable[[str], Phase]:
     arm, teacher = job.arm, shop.teacher
     sections: dict[str, config.Training | None] = {"generate": distill.generate, "infer": distill.infer}
     counts = updates(shop.recipe, arm)
@@ -341,7 +343,7 @@ def _distilled(shop: Workshop, job: Job, student: Model, distill: config.Distill
         plain, _, number = name.partition("-")
         pool = shop.images_of(arm) if plain == "infer" or _starts(distill, arm) else None
         if number and pool is not None:
-            pool = np.concatenate([pool, *_adversarial(shop, job, student, int(number), keep_going)])
+            pool = np.concatenate([pool, *_adversarial(shop, job, identity, student, int(number), keep_going)])
         section = sections[plain]
         assert section is not None  # or it would be no phase of the arm's
         section = section.model_copy(update={"steps": counts[name]})
@@ -358,7 +360,9 @@ def _distilled(shop: Workshop, job: Job, student: Model, distill: config.Distill
     return phase
 
 
-def _adversarial(shop: Workshop, job: Job, student: Model, number: int, keep_going: Callable[[], bool]) -> Iterator[npt.NDArray[np.uint8]]:
+def _adversarial(
+    shop: Workshop, job: Job, identity: str, student: Model, number: int, keep_going: Callable[[], bool]
+) -> Iterator[npt.NDArray[np.uint8]]:
     """The images that earlier rounds made, and those of this one, whose adversary is the student as it is now."""
     for i in range(2, number + 1):
         for source in shop.recipe.images_of(job.arm):
@@ -376,7 +380,8 @@ def _adversarial(shop: Workshop, job: Job, student: Model, number: int, keep_goi
                     n=section.n,
                     batch=section.batch,
                     shard=section.shard,
-                    identity=fingerprint({"student": build.digest_of(student.net), "section": section.model_dump(mode="json")}),
+                    # Not of the student's weights: when its training goes on, they are already those of the middle of the round.
+                    identity=fingerprint({"run": identity, "job": job.name, "round": i, "section": section.model_dump(mode="json")}),
                     source=section.kind,
                     keep_going=keep_going,
                 )
@@ -427,7 +432,7 @@ def make_student(
         section = distill.scratch.model_copy(update={"steps": job.arm.steps or distill.scratch.steps})
         phases = _from_scratch(shop, student, section, "scratch", shop.classes is not None)
     else:
-        phases = _distilled(shop, job, student, distill, keep_going)
+        phases = _distilled(shop, job, identity, student, distill, keep_going)
     states = States(states_of(shop.folder) / job.name)
     folder = student_folder(shop.folder, job)
     counts = updates(recipe, job.arm)

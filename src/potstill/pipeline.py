@@ -193,8 +193,8 @@ class Run:
     def _check_synthesize(self, teacher: Model) -> None:
         """See that each surrogate can be made, by a single step of two images where the teacher is there already."""
         for folder, section in self.recipe.synthesized.items():
-            build.synthesizer(section, teacher)
-            if isinstance(self.recipe.teacher, config.Trained) and teacher is not self.shop.teacher:
+            if isinstance(self.recipe.teacher, config.Trained) and not self._is_done("train"):
+                build.synthesizer(section, teacher)
                 continue
             synthesis = self.shop.synthesis(folder)
             if isinstance(synthesis.synthesizer, (Guided, Inversion, LatentInversion)):

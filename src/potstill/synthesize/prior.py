@@ -162,11 +162,14 @@ class Prior:
         """
         try:
             import diffusers
+            import transformers
         except ImportError:
             raise BadInput("a diffusion prior needs diffusers and transformers: pip install 'potstill[diffusion]'") from None
         folder = _folder(path)
         index = _index(folder)
         _known(folder, index)
+        bars = transformers.utils.logging.is_progress_bar_enabled()
+        transformers.utils.logging.disable_progress_bar()  # ours are enough
         try:
             unet = getattr(diffusers, index["unet"]).from_pretrained(
                 folder / "unet", torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False
@@ -179,8 +182,6 @@ class Prior:
             texts = []
             for suffix in ("", "_2"):
                 if f"text_encoder{suffix}" in index:
-                    import transformers
-
                     encoder = getattr(transformers, index[f"text_encoder{suffix}"]).from_pretrained(
                         folder / f"text_encoder{suffix}", dtype=dtype, use_safetensors=True
                     )
@@ -198,6 +199,9 @@ class Prior:
         except Exception as error:
             text = (str(error).splitlines() or [type(error).__name__])[0]
             raise BadInput(f"prior {path}: cannot be loaded: {text}") from None
+        finally:
+            if bars:
+                transformers.utils.logging.enable_progress_bar()
         return prior
 
     @property
