@@ -515,10 +515,10 @@ def test_a_full_disk(place, capsys, monkeypatch):
 
 def test_memory_that_runs_out(place, capsys, monkeypatch):
     for error, expected in (
-        (MemoryError(), "out of memory; lower batch, or compute.workers"),
+        (MemoryError(), "out of memory; lower batch (of the surrogate: or mode clean, decode linear, save_memory), or compute.workers"),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"),
-            "out of memory; lower batch, or compute.workers (CUDA out of memory. Tried)",
+            "out of memory; lower batch (of the surrogate: or mode clean, decode linear, save_memory), or compute.workers (CUDA out of memory. Tried)",
         ),
     ):
 

@@ -77,6 +77,16 @@ def test_a_drawn_image_has_the_noise_of_the_output():
     assert drawn.max() <= 1
 
 
+def test_mixed_images_have_every_share_of_the_outputs_noise():
+    look, noise = Look(teacher()), Noise((3,))
+    mean, drawn, mixed = (Ancestral(observe)(Energy(), look, 400, noise) for observe in ("mean", "sample", "mixed"))
+    inside = ((drawn > 0) & (drawn < 1) & (mixed > 0) & (mixed < 1)).flatten(1)
+    share = [
+        ((m - a)[i] / (d - a)[i]).median().item() for m, a, d, i in zip(*(x.flatten(1) for x in (mixed, mean, drawn)), inside, strict=True)
+    ]
+    assert np.quantile(share, [0.02, 0.25, 0.5, 0.75, 0.98]) == pytest.approx([0.02, 0.25, 0.5, 0.75, 0.98], abs=0.08)
+
+
 @pytest.mark.parametrize(("batch", "shard"), [(1, 8), (7, 20), (256, 3), (5, 1000)])
 def test_images_do_not_depend_on_batches_or_shards(tmp_path, batch, shard):
     expected = surrogate.read(write(tmp_path / "a"))

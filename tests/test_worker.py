@@ -61,7 +61,7 @@ def test_a_loss_that_is_not_finite_is_the_last_thing_it_says(place, work):
     ("error", "code", "expected"),
     [
         (OSError(28, "No space left on device", "a/b"), 1, "a/b: No space left on device"),
-        (MemoryError(), 1, "out of memory; lower batch, or compute.workers"),
+        (MemoryError(), 1, "out of memory; lower batch (of the surrogate: or mode clean, decode linear, save_memory), or compute.workers"),
         (KeyboardInterrupt(), 130, None),
     ],
 )

@@ -23,6 +23,7 @@ from .energy.view import Energy
 from .errors import BadInput, Failed
 from .evaluate.cost import parameters
 from .families.classifier import Classifier, ResNet
+from .families.diffusion import TextToImage
 from .families.lvae import LVAE
 from .families.vae import VAE
 from .model import Model
@@ -101,10 +102,26 @@ def network(net: config.Net) -> Network:
                 return Classifier(net.image, net.classes, net.width)
             case config.ResNetNet():
                 return ResNet(net.image, net.classes, net.depth, net.width, net.mean, net.std)
+            case config.TextToImageNet():
+                raise BadInput(f"a {net.kind} model is a prior; it is trained, and is no teacher")
     except ValueError as error:
         raise BadInput(str(error)) from None
     except (RuntimeError, MemoryError, OverflowError) as error:  # it does not fit in memory, or in a tensor
         raise BadInput(f"a {net.kind} of these numbers cannot be made: {(str(error).splitlines() or [''])[0]}") from None
+
+
+def text_to_image(net: config.TextToImageNet, captions: Sequence[str]) -> TextToImage:
+    """A fresh prior that knows the words of those captions.
+
+    Raises:
+        BadInput: diffusers is not installed, or its numbers do not fit together.
+    """
+    try:
+        return TextToImage(net.image, captions, net.width, net.autoencoder, net.latent, net.text)
+    except BadInput:
+        raise
+    except (ValueError, RuntimeError) as error:
+        raise BadInput(f"train.model: {reason(error)}") from None
 
 
 def load_weights(net: nn.Module, path: Path) -> None:

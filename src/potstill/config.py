@@ -123,7 +123,18 @@ class FileData(Section):
     mode: Literal["L", "RGB"] | None = Field(default=None, description="convert to gray or color; without it another mode is an error")
 
 
-Data = Annotated[DigitsData | FileData, Field(discriminator="kind")]
+class GlyphsData(Section):
+    """Captioned characters, drawn from the fonts that matplotlib ships: public pictures for a prior."""
+
+    kind: Literal["glyphs"]
+    seed: Seed = 0
+    n: Annotated[int, Field(ge=2, le=2**24), _NUMERIC] = Field(default=40000, description="pictures to train on")
+    test: Annotated[int, Field(ge=1, le=2**20), _NUMERIC] = Field(default=500, description="further pictures, held out")
+    size: Side = 32
+    digits: Annotated[float, Field(ge=0, le=1), _NUMERIC] = Field(default=0.75, description="share of digits; the rest are letters")
+
+
+Data = Annotated[DigitsData | GlyphsData | FileData, Field(discriminator="kind")]
 
 
 # ------------------------------------------------------------------ networks
@@ -171,7 +182,18 @@ class ResNetNet(Section):
     std: PerChannel = Field(default=(1.0,), description="of those pixels, likewise")
 
 
-Net = Annotated[LVAENet | VAENet | ClassifierNet | ResNetNet, Field(discriminator="kind")]
+class TextToImageNet(Section):
+    """A miniature Stable Diffusion: a prior for guided synthesis, which learns from captioned pictures or from classes."""
+
+    kind: Literal["text_to_image"]
+    image: ImageShape
+    width: Annotated[int, Field(ge=8, multiple_of=8, le=2**14), _NUMERIC] = Field(default=48, description="of the denoiser's first level")
+    autoencoder: Annotated[int, Field(ge=8, multiple_of=8, le=2**14), _NUMERIC] = Field(default=16, description="width of its first level")
+    latent: Count = 4
+    text: Annotated[int, Field(ge=8, multiple_of=8, le=2**14), _NUMERIC] = Field(default=64, description="width of the text encoder")
+
+
+Net = Annotated[LVAENet | VAENet | ClassifierNet | ResNetNet | TextToImageNet, Field(discriminator="kind")]
 CLASSIFIERS = (ClassifierNet, ResNetNet)
 
 
@@ -264,6 +286,8 @@ class Train(Training):
     model: Net
     beta: NotNegative = Field(default=1.0, description="weight of the latents' KL")
     beta_warmup: NotNegative = Field(default=200, description="updates over which beta rises from 0")
+    autoencoder: Training = Field(default=Training(), description="first phase of a text_to_image model; the rest is of its denoiser")
+    dropout: Fraction = Field(default=0.1, description="share of captions left out, for classifier-free guidance of a text_to_image model")
 
 
 class Rule(Section):
@@ -334,7 +358,9 @@ class Ancestral(Synthesis):
     """Images from the teacher's own prior."""
 
     kind: Literal["ancestral"] = "ancestral"
-    observe: Literal["mean", "sample"] = Field(default="mean", description="the mean of the output's conditional, or a draw from it")
+    observe: Literal["mean", "sample", "mixed"] = Field(
+        default="mean", description="the mean of the output's conditional, a draw from it, or draws with every share of its noise"
+    )
     sweeps: Annotated[int, Field(ge=0, le=1000), _NUMERIC] = Field(
         default=0, description="times that each image's latents are inferred and the image generated again, which moves it towards the data"
     )
@@ -598,6 +624,10 @@ class Recipe(Section):
         if isinstance(self.teacher, Trained):
             if not self.train:
                 problems.append("teacher: kind trained needs a train section")
+            elif isinstance(self.train.model, TextToImageNet):
+                problems.append(
+                    "teacher: kind trained needs a train.model that distillation knows; a text_to_image model serves as a prior"
+                )
             elif isinstance(self.train.model, CLASSIFIERS) and self.distill and self.distill.generate:
                 problems.append("distill.generate: train.model is a classifier, which does not generate; set generate: null")
         if self.synthesized and not self.teacher:
@@ -786,7 +816,7 @@ def _dotted(location: Sequence[int | str]) -> str:
     """The path as the user wrote it: without the names that pydantic gives to the members of a union."""
     unions, tags = (
         {"data", "teacher", "net", "model", "surrogate"},
-        {"digits", "folder", "parquet", "npz", "lvae", "vae", "classifier", "resnet"},
+        {"digits", "folder", "parquet", "npz", "lvae", "vae", "classifier", "resnet", "glyphs", "text_to_image"},
     )
     tags |= {"pretrained", "trained", "weights", "python", "ancestral", "uniform", "inversion", "latent", "guided"}
     parts = []

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .config import DigitsData, FileData
+from .config import DigitsData, FileData, GlyphsData
 from .errors import BadInput
+from .noise import Noise
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,10 +35,11 @@ _CONVERTIBLE = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", 
 
 @dataclass(frozen=True)
 class Split:
-    """Images ``(n, C, H, W)`` uint8, and their labels ``(n,)`` where there are some."""
+    """Images ``(n, C, H, W)`` uint8, and their labels ``(n,)`` and captions where there are some."""
 
     images: Pixels
     labels: Labels | None
+    captions: tuple[str, ...] | None = None
 
     def digest(self) -> str:
         """Hex digest of the pixels and labels."""
@@ -45,6 +47,8 @@ class Split:
         hasher.update(np.ascontiguousarray(self.images).data)
         if self.labels is not None:
             hasher.update(np.ascontiguousarray(self.labels).data)
+        if self.captions is not None:
+            hasher.update("\n".join(self.captions).encode())
         return hasher.hexdigest()
 
 
@@ -283,7 +287,17 @@ def _digits(data: DigitsData) -> Dataset:
     return Dataset(f"digits (seed {data.seed})", Split(images[train], labels[train]), Split(images[test], labels[test]))
 
 
-def load(data: DigitsData | FileData) -> Dataset:
+def _glyphs(data: GlyphsData) -> Dataset:
+    from .glyphs import glyphs
+
+    splits = []
+    for name, n in (("train", data.n), ("test", data.test)):
+        drawn = glyphs(range(n), Noise((data.seed, name)), data.size, data.digits)
+        splits.append(Split(drawn.images, drawn.labels, drawn.captions))
+    return Dataset(f"glyphs (seed {data.seed})", *splits)
+
+
+def load(data: DigitsData | GlyphsData | FileData) -> Dataset:
     """Read and check the images that a recipe names.
 
     Raises:
@@ -291,6 +305,8 @@ def load(data: DigitsData | FileData) -> Dataset:
     """
     if isinstance(data, DigitsData):
         return _digits(data)
+    if isinstance(data, GlyphsData):
+        return _glyphs(data)
     paths = [Path(p).expanduser() for p in (data.path, data.test_path) if p is not None]
     for path in paths:
         if not path.exists():

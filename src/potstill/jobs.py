@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from . import build, config
-from .data import Dataset
+from .data import Dataset, Split
 from .distill.augment import augmented
 from .distill.distiller import Classification, Distiller, Elbo, reached, train_only
 from .distill.loop import Batch, Log, Phase, fit
@@ -26,6 +26,7 @@ from .divergence import total
 from .errors import BadInput, BrokenFile, Locked
 from .evaluate.cost import parameters
 from .families.classifier import classes_of
+from .families.diffusion import Autoencoding, Denoising, TextToImage
 from .model import Model
 from .noise import Noise
 from .state import States, fingerprint, lock, os_error, publish, read_json, save_tensors, sha256, write_json
@@ -515,6 +516,80 @@ def make_teacher(
     if engine.is_main_process:
         save_network(model, shop.folder / "teacher", teacher_card(recipe, shop.real.name, parameters(model.net)))
     return model
+
+
+def captions_of(split: Split) -> tuple[str, ...]:
+    """A caption of each image: its own, or its class."""
+    if split.captions is not None:
+        return split.captions
+    if split.labels is None:
+        raise BadInput("data: has neither captions nor labels, which a text_to_image model reads")
+    return tuple(f"class {label}" for label in split.labels.tolist())
+
+
+def make_prior(
+    shop: Workshop,
+    engine: Accelerator,
+    *,
+    keep_going: Callable[[], bool] = lambda: True,
+    told: Callable[[dict[str, Any]], None] | None = None,
+) -> TextToImage:
+    """Train the text-to-image model of the recipe's ``train`` section, and write it to ``teacher`` in the layout of diffusers."""
+    recipe, split = shop.recipe, shop.real.train
+    section = recipe.train
+    assert section is not None
+    assert isinstance(section.model, config.TextToImageNet)  # the caller's own check
+    described, captions = section.model, captions_of(split)
+    net: TextToImage = build.born(recipe.seed, "teacher", lambda: build.text_to_image(described, captions))
+    net.to(shop.device)
+    load = _loader(split.images, shop.device, section.autoencoder.augment)
+
+    def phase(name: str) -> Phase:
+        if name == "autoencoder":
+            learns = train_only(net, {f"vae.{n}" for n, _ in net.vae.named_parameters()})
+            return Phase(
+                name, Autoencoding(net), lambda module, b: module(b.noise, load(b)), learns, section.autoencoder, len(split.images)
+            )
+        learns = train_only(net, {n for n, _ in net.named_parameters() if not n.startswith("vae.")})
+        net.vae.eval()
+        # All are encoded once: the autoencoder has learned what it will.
+        latents = torch.cat(
+            [net.encode(torch.from_numpy(part).float() / 255).cpu() for part in np.array_split(split.images, -(-len(split.images) // 1024))]
+        )
+        net.scale.copy_(1 / latents.std())
+        latents, tokens = latents * net.scale.cpu(), net.tokens(captions)
+
+        def loss(module: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
+            found: dict[str, Tensor] = module(batch.noise, latents[batch.index].to(shop.device), tokens[batch.index].to(shop.device))
+            return found
+
+        return Phase(name, Denoising(net, section.dropout), loss, learns, section, len(split.images))
+
+    fit(
+        net,
+        phase,
+        ["autoencoder", "denoiser"],
+        Noise((recipe.seed, "train")),
+        engine=engine,
+        states=States(shop.folder / "state" / "train"),
+        log=Log(shop.folder / "train" / "log.jsonl", told),
+        save_seconds=recipe.compute.save_seconds,
+        log_steps=recipe.compute.log_steps,
+        keep_going=keep_going,
+    )
+    if engine.is_main_process:
+        folder = shop.folder / "teacher"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving.", suffix=".tmp") as temporary:
+            net.save_pretrained(Path(temporary))
+            (Path(temporary) / "README.md").write_text(teacher_card(recipe, shop.real.name, parameters(net)), encoding="utf-8")
+            # The index comes last: a folder without one is not taken for a pipeline.
+            files = sorted((p for p in Path(temporary).rglob("*") if p.is_file()), key=lambda p: p.name == "model_index.json")
+            for file in files:
+                target = folder / file.relative_to(temporary)
+                target.parent.mkdir(exist_ok=True)
+                publish(file, target)
+    return net
 
 
 def save_network(model: Model, folder: Path, card: str) -> None:

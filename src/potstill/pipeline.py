@@ -33,9 +33,11 @@ from .families.classifier import classes_of
 from .jobs import (
     Job,
     Workshop,
+    captions_of,
     check_augment,
     is_done,
     jobs,
+    make_prior,
     make_students,
     make_teacher,
     rehearse,
@@ -212,8 +214,11 @@ class Run:
         if isinstance(section.model, config.CLASSIFIERS):
             _check_labels(images, section.model.classes, "train.model.classes is")
         check_augment(section.augment, images.images.shape, "train")
-        with torch.device("meta"):
-            build.network(section.model)
+        if isinstance(section.model, config.TextToImageNet):
+            captions_of(images)
+        else:
+            with torch.device("meta"):
+                build.network(section.model)
         if len(images.images) < 2:
             raise BadInput("data: one training image; BatchNorm needs two")
 
@@ -239,6 +244,9 @@ class Run:
     def train(self) -> None:
         """A teacher or a feature network from real data."""
         depends = self._reads("train") | {"pixels": self.shop.pixels[0]}
+        if isinstance(self._section("train").model, config.TextToImageNet):
+            self._train_prior(depends)
+            return
         with self._stage("train", depends, [self.folder / "teacher" / n for n in ("config.json", "model.safetensors")]) as work:
             if not work:
                 return
@@ -251,6 +259,20 @@ class Run:
                 figures = {"accuracy": accuracy(model, images, test.labels, 256)}
             else:
                 _, figures = reconstructions(model, images, Noise((self.recipe.seed, "reconstruct")), 256)
+            write_json(self.folder / "train" / "held_out.json", figures)
+            self.board.say("  held out: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+
+    def _train_prior(self, depends: dict[str, Any]) -> None:
+        with self._stage("train", depends, [self.folder / "teacher" / "model_index.json"]) as work:
+            if not work:
+                return
+            with threads(self.recipe.compute.threads), stoppable() as keep_going:
+                engine = accelerator(str(self.shop.device))
+                net = make_prior(self.shop, engine, keep_going=keep_going, told=partial(self.board.training, "train")).eval()
+            images = torch.from_numpy(self.shop.real.test.images).float() / 255
+            with torch.no_grad():
+                decoded = torch.cat([net.vae.decode(net.encode(part)).sample.cpu() for part in images.split(256)]) / 2 + 0.5
+            figures = {"reconstruction_mse": (decoded - images).pow(2).mean().item()}
             write_json(self.folder / "train" / "held_out.json", figures)
             self.board.say("  held out: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
 

@@ -23,11 +23,13 @@ class Ancestral:
     backpropagation", ICML 2014; Bengio et al., "Generalized denoising auto-encoders", NeurIPS 2013).
 
     Args:
-        observe: "mean" for the mean of the output's conditional, or "sample" to draw from it, noise and all, in the end.
+        observe: what becomes of the output's conditional in the end: its "mean", a "sample" with all of its noise, or "mixed", a sample
+            with a share of the noise that is drawn for each image, evenly from none to all of it. How noisy real images are is not
+            known without any; an encoder that has seen every share is ready for all.
         sweeps: of inference and generation.
     """
 
-    observe: Literal["mean", "sample"] = "mean"
+    observe: Literal["mean", "sample", "mixed"] = "mean"
     sweeps: int = 0
 
     @torch.no_grad()
@@ -38,6 +40,9 @@ class Ancestral:
         for sweep in range(self.sweeps):
             trace = run(teacher.program("infer"), trace.out.dist.mean, noise=noise.fold("sweep", sweep))
         x = trace.out.dist.mean if self.observe == "mean" else trace.output
+        if self.observe == "mixed":
+            share = noise.uniform("share of the output's noise", (n, *[1] * (x.dim() - 1)), x.device)
+            x = torch.lerp(trace.out.dist.mean, x, share)
         return teacher.images.decode(x).float().clamp(0, 1)
 
 
