@@ -92,17 +92,23 @@ def test_arms_train_on_the_surrogates_they_name(here):
             {"kind": "data_free", "name": "b", "surrogate": "noise"},
             {"kind": "data_free", "name": "c", "surrogate": ["own", "noise"]},
             {"kind": "data_free", "name": "d", "surrogate": "own", "start": "surrogate"},
+            {"kind": "data_free", "name": "e", "surrogate": "own", "start": "noise"},
+            {"kind": "data_free", "name": "f", "surrogate": "noise", "start": "own"},
         ],
     }
     assert here.run("synthesize", **sections) == 0
     assert here.run("distill", **sections) == 0
-    weights = {name: (here.out / "students" / name / "seed-0" / "model.safetensors").read_bytes() for name in "abcd"}
-    assert len(set(weights.values())) == 4
+    weights = {name: (here.out / "students" / name / "seed-0" / "model.safetensors").read_bytes() for name in "abcdef"}
+    assert weights["a"] == weights["e"]
+    assert len(set(weights.values())) == 5
     shop = pipeline.Run(config.check(here.recipe | sections), here.out, (), None).shop
     recipe = shop.recipe
-    images = {arm.name: shop.images_of(arm) for arm in recipe.arms}
+    images = {arm.name: shop.images_of(arm, "infer") for arm in recipe.arms}
     assert np.array_equal(images["c"], np.concatenate([images["a"], images["b"]]))
     assert not np.array_equal(images["a"], images["b"])
+    starts = {arm.name: shop.images_of(arm, "generate") for arm in recipe.arms}
+    assert [name for name, pool in starts.items() if pool is not None] == ["d", "f"]
+    assert all(np.array_equal(starts[name], images["a"]) for name in "df")
 
 
 def rounds(**more):

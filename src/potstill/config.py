@@ -459,10 +459,10 @@ class Generator(Training):
     rules: tuple[Rule, ...] = (Rule(nodes="z*", by="wasserstein2", weight=0.1, reduce="mean"), Rule(nodes="out", by="kl"))
     replay: Pattern = Field(default="", description="pattern of nodes at which the student takes the teacher's values")
     share: Pattern = Field(default="*", description="pattern of nodes at which the student gets the teacher's noise")
-    start: Literal["noise", "surrogate"] = Field(
+    start: Name = Field(
         default="noise",
-        description="what a data-free arm's batches begin with: noise that never runs out, or the noise that the teacher infers behind the "
-        "surrogate's images",
+        description="what a data-free arm's batches begin with: noise that never runs out, or the noise that the teacher infers behind "
+        "images: surrogate for those of the arm's own, or the name of one of surrogates",
     )
 
 
@@ -518,7 +518,7 @@ class Arm(Section):
     steps: Count | None = Field(default=None, description="updates of the first phase, where this arm's differ from the recipe's")
     replay: Pattern | None = None
     share: Pattern | None = None
-    start: Literal["noise", "surrogate"] | None = Field(default=None, description="of the phase generate, where this arm's differs")
+    start: Name | None = Field(default=None, description="of the phase generate, where this arm's differs")
     surrogate: Annotated[tuple[Name, ...], Field(min_length=1), BeforeValidator(_listed)] | None = Field(
         default=None, description="one of the recipe's surrogates by name, or several put together; by default the section surrogate"
     )
@@ -600,13 +600,20 @@ class Recipe(Section):
         first: dict[str, Surrogate] = {"surrogate": self.surrogate} if self.surrogate else {}
         return first | {f"surrogates/{name}": section for name, section in self.surrogates.items()}
 
-    def images_of(self, arm: Arm) -> tuple[str, ...]:
-        """Folders of the surrogates that an arm trains on: none for one that has real images, or nothing but noise."""
+    def images_of(self, arm: Arm, phase: str) -> tuple[str, ...]:
+        """Folders of the surrogates whose images a phase of an arm begins with: none where it has real images, or noise alone."""
         distill = self.distill or Distill()
-        generates = distill.generate is not None and (arm.start or distill.generate.start) == "surrogate"
-        if arm.kind != "data_free" or not (generates or (distill.infer is not None and arm.infer)):
+        own = tuple(f"surrogates/{name}" for name in arm.surrogate) if arm.surrogate else ("surrogate",)
+        if arm.kind != "data_free":
             return ()
-        return tuple(f"surrogates/{name}" for name in arm.surrogate) if arm.surrogate else ("surrogate",)
+        if phase == "generate":
+            start = (arm.start or distill.generate.start) if distill.generate else "noise"
+            return {"noise": (), "surrogate": own}.get(start, (f"surrogates/{start}",))
+        return own if distill.infer is not None and arm.infer else ()
+
+    def every_image_of(self, arm: Arm) -> tuple[str, ...]:
+        """Folders of all surrogates that an arm trains on."""
+        return tuple(dict.fromkeys(self.images_of(arm, "generate") + self.images_of(arm, "infer")))
 
     @field_validator("seeds", "arms")
     @classmethod
@@ -638,12 +645,12 @@ class Recipe(Section):
             problems.append("distill: needs a student")
         kinds = {arm.kind for arm in self.arms}
         for arm in self.arms if self.distill else ():
-            if unknown := [f for f in self.images_of(arm) if f not in self.synthesized]:
-                if arm.surrogate:
+            if unknown := [f for f in self.every_image_of(arm) if f not in self.synthesized]:
+                if name := unknown[0].partition("/")[2]:
                     known = ", ".join(self.surrogates) or "none"
-                    problems.append(f"arm {arm.title}: surrogate {unknown[0].partition('/')[2]} is not among surrogates, which has {known}")
+                    problems.append(f"arm {arm.title}: surrogate {name} is not among surrogates, which has {known}")
                     continue
-                phase = "infer" if self.distill and self.distill.infer and arm.infer else "generate"
+                phase = "infer" if "surrogate" in self.images_of(arm, "infer") else "generate"
                 way_out = ", or infer: null" if phase == "infer" and self.distill and self.distill.generate else ""
                 problems.append(f"distill.{phase}: trains on surrogate images and needs a surrogate section{way_out}")
                 break

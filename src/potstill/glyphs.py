@@ -131,14 +131,14 @@ def _drawn(noise: Noise, n: int, size: int, digits: float) -> Glyphs:
 
     # Half of the pictures are bent, as a hand would; a bend under a third of the largest is not worth a word.
     bend = (between("bend", -1, 1)).clamp(min=0)
-    height = between("height", 0.78, 0.98)
+    height = between("height", 0.88, 1.0)
     width = height * between("stretch", 0.8, 1.1)
-    angle, shear = between("angle", -0.2, 0.2), between("shear", -0.2, 0.2)
+    angle, shear = between("angle", -0.15, 0.15), between("shear", -0.15, 0.15)
     room = 0.5 * (1 - height)
     x0, y0 = room * between("x", -1, 1), room * between("y", -1, 1)
     bold = torch.tensor([font.bold for font in fonts])
     heavy = noise.uniform("stroke", (n,)).double()
-    stroke = torch.where(bold, -0.012 + 0.03 * heavy, 0.005 + 0.055 * heavy)  # added on each side, as a share of the picture
+    stroke = torch.where(bold, -0.01 + 0.03 * heavy, 0.005 + 0.05 * heavy)  # added on each side, as a share of the picture
 
     # Pixel centers in [-0.5, 0.5], then the inverse of: bend, shear, turn, scale, shift. Arithmetic is in float64, one number at a time,
     # so that a picture has the same bits in any batch.
@@ -154,7 +154,7 @@ def _drawn(noise: Noise, n: int, size: int, digits: float) -> Glyphs:
     x, y = (x + y * each(shear)) / each(width), y / each(height)
     for axis in range(2):
         phases = 2 * torch.pi * noise.uniform(f"phase {axis}", (n, 2)).double()
-        sizes = 0.09 * bend.view(n, 1) * noise.normal(f"wave {axis}", (n, 2)).double().clamp(-2, 2)
+        sizes = 0.07 * bend.view(n, 1) * noise.normal(f"wave {axis}", (n, 2)).double().clamp(-2, 2)
         wave = each(sizes[:, 0]) * (5.0 * y + each(phases[:, 0])).sin() + each(sizes[:, 1]) * (4.0 * x + each(phases[:, 1])).sin()
         x, y = (x + wave, y) if axis == 0 else (x, y + wave)
     # A digit's height is 1 here, and _HEIGHT of the template's _TEMPLATE pixels.

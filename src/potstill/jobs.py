@@ -116,11 +116,11 @@ class Workshop:
             self._surrogates[folder] = images
         return self._surrogates[folder]
 
-    def images_of(self, arm: config.Arm) -> npt.NDArray[np.uint8] | None:
-        """What an arm trains on: real images, its surrogates put together, or ``None``, nothing but noise."""
+    def images_of(self, arm: config.Arm, phase: str) -> npt.NDArray[np.uint8] | None:
+        """What a phase of an arm begins with: real images, its surrogates put together, or ``None``, noise alone."""
         if arm.kind != "data_free":
             return self.real.train.images
-        folders = self.recipe.images_of(arm)
+        folders = self.recipe.images_of(arm, phase)
         return np.concatenate([self.surrogate(folder) for folder in folders]) if folders else None
 
     def synthesis(self, folder: str, student: Model | None = None, watch: Watch | None = None) -> Synthesis:
@@ -312,7 +312,7 @@ def rehearse(shop: Workshop, teacher: Model) -> None:
                     losses, learns = scratch(), {n for n, _ in student.net.named_parameters()}
                 else:
                     plain = _plain_name(name)
-                    images = gray if plain == "infer" or _starts(distill, arm) else None
+                    images = gray if arm.kind != "data_free" or shop.recipe.images_of(arm, plain) else None
                     losses = _objective(distill, arm, plain, teacher, student)(noise, images, 2)
                     learns = _learns(distill, student, plain)
                 shape = tuple(total(losses).shape) if losses else None
@@ -328,11 +328,6 @@ def rehearse(shop: Workshop, teacher: Model) -> None:
                 raise BadInput(f"arm {arm.title}, {name}: the student's {name} program has no parameters{own} to train")
 
 
-def _starts(distill: config.Distill, arm: config.Arm) -> bool:
-    """Whether the phase generate begins with images, and infers the noise behind them."""
-    return arm.kind != "data_free" or (arm.start or (distill.generate or config.Generator()).start) == "surrogate"
-
-
 def _distilled(
     shop: Workshop, job: Job, identity: str, student: Model, distill: config.Distill, keep_going: Callable[[], bool]
 ) -> Callable[[str], Phase]:
@@ -342,7 +337,7 @@ def _distilled(
 
     def phase(name: str) -> Phase:
         plain, _, number = name.partition("-")
-        pool = shop.images_of(arm) if plain == "infer" or _starts(distill, arm) else None
+        pool = shop.images_of(arm, plain)
         if number and pool is not None:
             pool = np.concatenate([pool, *_adversarial(shop, job, identity, student, int(number), keep_going)])
         section = sections[plain]
@@ -366,7 +361,7 @@ def _adversarial(
 ) -> Iterator[npt.NDArray[np.uint8]]:
     """The images that earlier rounds made, and those of this one, whose adversary is the student as it is now."""
     for i in range(2, number + 1):
-        for source in shop.recipe.images_of(job.arm):
+        for source in shop.recipe.images_of(job.arm, "infer"):
             section = shop.recipe.synthesized[source]
             if not any(term.kind == "disagreement" for term in section.energy):
                 continue

@@ -178,7 +178,7 @@ class Run:
     @property
     def _images_needed(self) -> list[str]:
         """Folders of the surrogates that distill trains on."""
-        return sorted({f for arm in self.recipe.arms for f in self.recipe.images_of(arm)}) if self.recipe.distill else []
+        return sorted({f for arm in self.recipe.arms for f in self.recipe.every_image_of(arm)}) if self.recipe.distill else []
 
     def _teacher_to_be(self, stages: tuple[str, ...]) -> Model:
         """The teacher, or one of the same shape with fresh weights where it is still to be trained."""
@@ -580,10 +580,9 @@ class Run:
         return "frechet" if generates and distill and distill.generate else "reconstruction_mse"
 
     def _about(self, arm: config.Arm) -> dict[str, Any]:
-        distill = self.recipe.distill
         loss = "the ELBO on" if self.shop.classes is None else "cross-entropy of the labels of"
         note = {
-            "data_free": "the teacher's noise, then surrogate images" if distill and distill.generate else "surrogate images",
+            "data_free": self._data_free_note(arm),
             "with_data": "the same losses on real images",
             "scratch": f"{loss} real images, no teacher",
         }[arm.kind]
@@ -591,6 +590,13 @@ class Run:
         counts = updates(self.recipe, arm)
         note = "; ".join([note, " + ".join(f"{v} {k}" for k, v in counts.items()) + " updates", *extra])
         return {"label": arm.title, "updates": sum(counts.values()), "data": "none" if arm.kind == "data_free" else "real", "note": note}
+
+    def _data_free_note(self, arm: config.Arm) -> str:
+        if not (self.recipe.distill and self.recipe.distill.generate):
+            return "surrogate images"
+        if not self.recipe.images_of(arm, "generate"):
+            return "the teacher's noise, then surrogate images"
+        return "the noise behind the teacher's own images, then surrogate images"
 
     def _size_mib(self, job: Job | None, model: Model) -> float:
         if job is not None:
