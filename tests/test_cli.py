@@ -518,7 +518,8 @@ def test_memory_that_runs_out(place, capsys, monkeypatch):
         (MemoryError(), "out of memory; lower batch (of the surrogate: or mode clean, decode linear, save_memory), or compute.workers"),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"),
-            "out of memory; lower batch (of the surrogate: or mode clean, decode linear, save_memory), or compute.workers (CUDA out of memory. Tried)",
+            "out of memory; lower batch (of the surrogate: or mode clean, decode linear, save_memory), or compute.workers "
+            "(CUDA out of memory. Tried)",
         ),
     ):
 

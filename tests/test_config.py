@@ -187,7 +187,7 @@ def test_an_unknown_key_is_named_and_the_nearest_suggested(tmp_path, text, expec
     [
         (
             "data: {kind: fodler, path: x}",
-            "data: input tag 'fodler' found using 'kind' does not match any of the expected tags: 'digits', 'folder'",
+            "data: input tag 'fodler' found using 'kind' does not match any of the expected tags: 'digits', 'glyphs', 'folder'",
         ),
         ("data: {path: x}", "data: unable to extract tag using discriminator 'kind'"),
         ("data: {kind: folder}", "data.path: field required"),

@@ -299,7 +299,7 @@ class Run:
                     identity=fingerprint(_plain({k: v for k, v in depends.items() if k != "surrogates"} | {"section": section})),
                     source=section.kind,
                     steps=steps,
-                    progress=partial(self.board.update, "synthesize", total=section.n, detail=f"images of {folder}"),
+                    progress=partial(self.board.update, folder, total=section.n, detail="images"),
                 )
 
     def _say_memory(self, folder: str, synthesis: Synthesis, batch: int) -> None:

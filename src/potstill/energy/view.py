@@ -289,7 +289,7 @@ def gradient(energy: Energy, view: View, wrt: Tensor, check: bool = False) -> tu
         energy: what should fall.
         view: of images computed from ``wrt``.
         wrt: ``(batch, ...)``, the images or what they are made from, with ``requires_grad``.
-        check: look at every term alone, one more backward pass each: also one whose gradient is 0 everywhere is dead then.
+        check: look at every term alone, one more backward pass each, to the images: also one whose gradient is 0 everywhere is dead then.
 
     Raises:
         DeadEnergy: naming the terms that have no gradient. Without ``check``, only those that are cut off from any graph.
@@ -299,10 +299,11 @@ def gradient(energy: Energy, view: View, wrt: Tensor, check: bool = False) -> tu
         parts = energy.parts(view)
         if not parts:
             return torch.zeros_like(wrt), {}
-        dead = [name for name, part in parts.items() if _is_dead(part, wrt, check)]
+        # From the images to what they are made of all terms go one way, a dear one through a denoiser: their sum tells whether it is cut.
+        dead = [name for name, part in parts.items() if _is_dead(part, view.x, check)]
         if not dead:
             (found,) = torch.autograd.grad(torch.stack(list(parts.values())).sum(), wrt, allow_unused=True)
-            if found is not None:
+            if found is not None and not (check and not found.any()):
                 return found, {name: part.detach() for name, part in parts.items()}
             dead = list(parts)
     raise DeadEnergy(
@@ -311,12 +312,12 @@ def gradient(energy: Energy, view: View, wrt: Tensor, check: bool = False) -> tu
     )
 
 
-def _is_dead(part: Tensor, wrt: Tensor, check: bool) -> bool:
-    if not (part.requires_grad and wrt.requires_grad):
+def _is_dead(part: Tensor, x: Tensor, check: bool) -> bool:
+    if not (part.requires_grad and x.requires_grad):
         return True
     if not check:
         return False
-    (alone,) = torch.autograd.grad(part.sum(), wrt, retain_graph=True, allow_unused=True)
+    (alone,) = torch.autograd.grad(part.sum(), x, retain_graph=True, allow_unused=True)
     return alone is None or not alone.any()
 
 

@@ -120,7 +120,7 @@ class Guided:
 
     def _sampled(self, energy: Energy, labels: Tensor | None, look: Look | None, n: int, noise: Noise, watch: Watch | None) -> Tensor:
         prior, scheduler = self.prior, copy.deepcopy(self.prior.scheduler)
-        scheduler.set_timesteps(self.steps, device=prior.device)
+        scheduler.set_timesteps(self.steps)  # on the CPU: a time read from a GPU would have every step wait for the one before
         prompts = self.prompts.of(labels, noise, n) if self.prompts else None
         condition = prior.condition(prompts, labels, self.prompts.negative if self.prompts else "", self.guidance_scale)
         arguments = _step_arguments(scheduler, n, noise, self.eta)

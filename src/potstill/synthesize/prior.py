@@ -120,13 +120,20 @@ class Prior:
         scheduler: its noise schedule; copied for every run, for it keeps state.
         vae: decoder of latents, or ``None`` where the denoiser works on pixels.
         texts: (tokenizer, text encoder) pairs: none, one (Stable Diffusion 1 and 2) or two (XL).
+        tiny: an ``AutoencoderTiny`` of the same latents, for cheap gradients, or ``None``.
     """
 
-    def __init__(self, unet: nn.Module, scheduler: Any, vae: nn.Module | None = None, texts: Sequence[tuple[Any, nn.Module]] = ()):
-        self.unet, self.scheduler, self.vae, self.texts = unet, scheduler, vae, tuple(texts)
-        for net in (unet, vae, *(encoder for _, encoder in texts)):
-            if net is not None:
-                net.eval().requires_grad_(False)
+    def __init__(
+        self,
+        unet: nn.Module,
+        scheduler: Any,
+        vae: nn.Module | None = None,
+        texts: Sequence[tuple[Any, nn.Module]] = (),
+        tiny: nn.Module | None = None,
+    ):
+        self.unet, self.scheduler, self.vae, self.texts, self._tiny = unet, scheduler, vae, tuple(texts), tiny
+        for net in self._nets():
+            net.eval().requires_grad_(False)
         if unet.config.in_channels != unet.config.out_channels:
             raise BadInput(
                 f"prior: the denoiser reads {unet.config.in_channels} channels and predicts {unet.config.out_channels}; "
@@ -136,7 +143,6 @@ class Prior:
         self._linear: Tensor | None = None
         self.linear_rest: float | None = None
         """Share of variance that the linear decode leaves, once it is fitted."""
-        self._tiny: nn.Module | None = None
 
     @classmethod
     def from_pretrained(
@@ -190,10 +196,11 @@ class Prior:
             own = index["scheduler"]
             name = SCHEDULERS[scheduler] if scheduler else (own if own in SCHEDULERS.values() else SCHEDULERS["ddim"])
             made = getattr(diffusers, name).from_config(_json(folder / "scheduler" / "scheduler_config.json"))
-            prior = cls(unet.to(device), made, None if vae is None else vae.to(device), texts)
+            cheap = None
             if tiny is not None:
                 cheap = diffusers.AutoencoderTiny.from_pretrained(tiny, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False)
-                prior._tiny = cheap.to(device).eval().requires_grad_(False)
+                cheap = cheap.to(device)
+            prior = cls(unet.to(device), made, None if vae is None else vae.to(device), texts, cheap)
         except BadInput:
             raise
         except Exception as error:
