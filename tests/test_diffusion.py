@@ -56,7 +56,7 @@ def test_every_word_of_the_captions_is_one_token_and_others_are_pieces(net):
 
 
 def test_a_tokenizer_is_the_same_in_every_process(tmp_path):
-    code = "import sys; from pathlib import Path; from potstill.families.diffusion import tokenizer; tokenizer(sys.argv[2:], Path(sys.argv[1]))"
+    code = "import pathlib, sys; from potstill.families import diffusion; diffusion.tokenizer(sys.argv[2:], pathlib.Path(sys.argv[1]))"
     found = set()
     for seed in ("1", "2"):
         folder = tmp_path / seed

@@ -97,7 +97,8 @@ def template(character: str, font: Font) -> npt.NDArray[np.float32]:
     canvas = Image.new("L", (side, side))
     ImageDraw.Draw(canvas).text(((side - left - right) / 2, (side - top - bottom) / 2), character, fill=255, font=face, anchor="ls")
     inside = np.asarray(canvas) > 127
-    distance = (distance_transform_edt(inside) - distance_transform_edt(~inside)) / scale
+    distance = distance_transform_edt(inside) - distance_transform_edt(~inside)
+    distance = (distance - 0.5 * np.sign(distance)) / scale  # the outline lies between two pixels, half a pixel from either
     small = Image.fromarray(distance.astype(np.float32)).resize((_TEMPLATE, _TEMPLATE), Image.Resampling.BOX)
     return np.asarray(small, dtype=np.float32)
 
