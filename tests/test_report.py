@@ -146,7 +146,7 @@ def test_page_holds_every_section(written):
     text = text_of(written)
     for words in ("digits-run", "12.0 ± 0.5", "features “pixels”", "Floor: real against real", "with 2 threads", "5,386,496", "24.0 ± 0.5"):
         assert words in text.replace("\u00a0", " ")
-    for heading in ("Quality", "Size and speed", "Samples", "Reconstructions", "Surrogate images", "Training", "How to make it again"):
+    for heading in ("Quality", "Size and speed", "Samples", "Reconstructions", "Surrogates", "Training", "How to make it again"):
         assert heading in text
     for words in ("16,384 synthetic images", "2 shards", "steps: 400", "torch", "2.13.0", "A CPU", "my metric", "from the teacher's prior"):
         assert words in text
@@ -729,24 +729,31 @@ onload = () => {{
 </script>"""
 
 
+def dump(report, folder):
+    """What a browser finds in the page in a window of 360 pixels, and what it says on its console."""
+    (folder / "measure.html").write_text(MEASURE.format(address=report.as_uri()))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--enable-logging=stderr"]
+    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--allow-file-access-from-files"]
+    command += [f"--user-data-dir={folder / 'profile'}", "--dump-dom", (folder / "measure.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    found = json.loads(html.unescape(re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)[1]))
+    return found | {"said": [line for line in done.stderr.splitlines() if "CONSOLE" in line]}
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium binary on this machine")
 def test_browser_shows_the_page_on_a_narrow_phone(tmp_path):
     metrics = make_metrics()
     metrics["arms_info"]["student_data_free"]["label"] = "a" * 90  # one long word must not widen the page
     metrics["environment"]["platform"] = "b" * 120
     report = page.write(make_run(tmp_path / "run", metrics=metrics, recipe=f"name: {'c' * 80}\nlong: {'d ' * 200}\n"))
-    (tmp_path / "measure.html").write_text(MEASURE.format(address=report.as_uri()))
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--allow-file-access-from-files"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (tmp_path / "measure.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    found = json.loads(html.unescape(re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)[1]))
+    found = dump(report, tmp_path)
     assert found["heading"] == "c" * 80
     assert found["width"] <= 360, "the page itself never scrolls sideways"
     assert found["scrolls"] >= 2, "wide tables scroll inside their own container"
     assert found["decoded"] == found["images"] == 16
     assert found["drawn"] >= 2
     assert found["scripts"] == 0
+    assert not found["said"], "nothing on its console"
 
 
 def test_template_ships_beside_the_module():

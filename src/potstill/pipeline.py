@@ -27,8 +27,9 @@ from .data import Dataset, Split
 from .distill.loop import accelerator, threads
 from .energy.view import Look
 from .errors import BadInput, BrokenFile, Failed, Refused
-from .evaluate.arms import accuracy, cost, over_seeds, quality, reconstructions, samples
+from .evaluate.arms import accuracy, cost, energies, over_seeds, quality, reconstructions, samples
 from .evaluate.cost import file_mib, parameters
+from .evaluate.frechet import frechet
 from .families.classifier import classes_of
 from .jobs import (
     Job,
@@ -179,6 +180,11 @@ class Run:
     def _images_needed(self) -> list[str]:
         """Folders of the surrogates that distill trains on."""
         return sorted({f for arm in self.recipe.arms for f in self.recipe.every_image_of(arm)}) if self.recipe.distill else []
+
+    @property
+    def _synthesized(self) -> list[str]:
+        """Folders of the surrogates that are there."""
+        return [f for f in self.recipe.synthesized if (self.folder / f / "manifest.json").exists()]
 
     def _teacher_to_be(self, stages: tuple[str, ...]) -> Model:
         """The teacher, or one of the same shape with fresh weights where it is still to be trained."""
@@ -364,6 +370,8 @@ class Run:
             "pixels": self.shop.pixels,
             "features": self.features.digest,
         }
+        if made := self._synthesized:
+            depends["surrogates"] = {folder: surrogate.digest(self.folder / folder) for folder in made}
         with self._stage("evaluate", depends, [self.folder / "metrics.json"]) as work:
             if not work:
                 return
@@ -518,6 +526,7 @@ class Run:
         floor: list[dict[str, float]] = []
         pictures: dict[str, Any] = {"real": data.test.images[:shown], "input": data.test.images[:shown]}
         counts: dict[str, dict[str, float]] = {}
+        drawn: torch.Tensor | None = None
         total, done = len(recipe.seeds) * (1 + len(arms)), 0
         for seed in recipe.seeds:
             noise = Noise((recipe.seed, seed, "evaluate"))
@@ -534,6 +543,7 @@ class Run:
                     figures |= measured(generated, name if job is None else job.name)
                     if reference is None:
                         reference = generated
+                        drawn = generated if drawn is None else drawn
                     else:
                         figures["paired_mse"] = (generated - reference).double().pow(2).mean().item()
                     if seed == recipe.seeds[0]:
@@ -550,9 +560,14 @@ class Run:
                 counts[name] = {"params": parameters(model.net), "size_mib": self._size_mib(job, model)}
                 done += 1
                 self.board.update("evaluate", done, total, name)
-        first = next((f for f in recipe.synthesized if (self.folder / f / "manifest.json").exists()), None)
-        if first:
-            pictures |= _nearest(shop.surrogate(first)[:shown], data.train.images)
+        made = self._synthesized
+        if made:
+            pictures |= _nearest(shop.surrogate(made[0])[:shown], data.train.images)
+        surrogates: dict[str, dict[str, Any]] = {}
+        for i, folder in enumerate(made):
+            surrogates[folder], arrays = self._of_surrogate(folder, test, real, drawn, 2 * shown)
+            pictures |= arrays
+            self.board.update("evaluate", i + 1, len(made), folder)
         environment = describe(shop.device) | {"threads": torch.get_num_threads(), "latency_threads": section.latency_threads}
         metrics = {
             "format": METRICS_FORMAT,
@@ -567,10 +582,66 @@ class Run:
             "arms": {name: _spread(found) | counts[name] for name, found in rows.items()},
             "arms_info": {"teacher": {"label": "teacher", "updates": None, "data": "real", "note": ""}}
             | {a.title: self._about(a) for a in recipe.arms},
+            "surrogates": surrogates,
             "seeds": list(recipe.seeds),
             "environment": environment,
         }
         return metrics, pictures
+
+    def _of_surrogate(
+        self, folder: str, test: torch.Tensor, real: Any, drawn: torch.Tensor | None, shown: int
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The figures of a surrogate, and its first images with what they were made for, and its energies beside others'.
+
+        Args:
+            folder: within the run's.
+            test: held-out images ``(n, C, H, W)`` in [0, 1].
+            real: their features, or ``None``, without which there are no distances.
+            drawn: samples of the teacher, or ``None`` where it does not generate.
+            shown: images for the page.
+        """
+        section, test_labels = self.recipe.synthesized[folder], self.shop.real.test.labels
+        images, columns = self.shop.surrogate(folder), surrogate.columns(self.folder / folder)
+        arrays: dict[str, Any] = {f"images/{folder}": images[:shown]}
+        if section.classes and "label" in columns:
+            names = dict(enumerate(section.classes))
+            arrays[f"label/{folder}"] = np.array([names.get(label, str(label)) for label in columns["label"][:shown]])
+        if "prompt" in columns:
+            arrays[f"prompt/{folder}"] = np.array([str(prompt) for prompt in columns["prompt"][:shown]])
+        parts = {n.removeprefix("energy."): np.array(v, np.float64) for n, v in columns.items() if n.startswith("energy.")}
+        parts = {name: values for name, values in parts.items() if np.isfinite(values).all()}
+        arrays |= {f"energy/{folder}/{name}/surrogate": values.astype(np.float32) for name, values in parts.items()}
+        if parts:
+            asked = torch.arange(len(test)) % len(section.classes) if section.classes else None
+            own = None if test_labels is None or self.shop.classes is None else torch.from_numpy(test_labels[: len(test)])
+            arrays |= self._energies_of(folder, {"teacher": (drawn, asked), "real": (test, own)})
+        figures: dict[str, Any] = {
+            "images": len(images),
+            "kind": section.kind,
+            "energies": {name: {"mean": values.mean().item(), "sd": values.std(ddof=1).item()} for name, values in parts.items()},
+        }
+        if real is not None:
+            try:
+                figures["frechet"] = frechet(real, self.features.of(torch.from_numpy(images[: len(test)]).float() / 255))
+            except ValueError as error:
+                raise BadInput(f"evaluate: {folder}: {build.reason(error)}") from None
+        return figures, arrays
+
+    def _energies_of(self, folder: str, sets: dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]) -> dict[str, Any]:
+        """What the energy of a surrogate says of other images, given with their labels: ``energy/FOLDER/TERM/SET``, each ``(n,)``."""
+        recipe, section, teacher = self.recipe, self.recipe.synthesized[folder], self.shop.teacher
+        assert recipe.teacher is not None  # the recipe's own check
+        try:
+            energy = build.energy(section.energy, teacher, recipe.teacher, recipe.seed, self.allowed)
+        except BadInput as error:  # the surrogate is made already: what makes its energy may have gone since
+            self.board.say(f"  {folder}: the report compares no energies: {error}")
+            return {}
+        found: dict[str, Any] = {}
+        for who, (images, labels) in sets.items():
+            if images is not None:
+                parts = energies(energy, teacher, images, labels, Noise((recipe.seed, folder, who)), section.batch)
+                found |= {f"energy/{folder}/{name}/{who}": values for name, values in parts.items()}
+        return found
 
     def _compared(self, generates: bool) -> str:
         """The figure that tells how good a student is: samples of one whose generator no phase trained would tell of chance."""

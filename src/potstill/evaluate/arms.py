@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..divergence import latent_kl, per_sample
+from ..energy.view import Energy, Look
 from ..model import Model
 from ..noise import Noise
 from ..trace import run
@@ -67,6 +68,32 @@ def accuracy(model: Model, x: Tensor, labels: NDArray[numpy.int64], batch: int) 
         logits = run(model.program("infer"), model.images.encode(part), noise=Noise((0,))).out.dist.logits
         right += int((logits.argmax(-1).cpu().numpy() == labels[i : i + batch]).sum())
     return right / len(x)
+
+
+@torch.no_grad()
+def energies(energy: Energy, model: Model, x: Tensor, labels: Tensor | None, noise: Noise, batch: int) -> dict[str, NDArray[numpy.float32]]:
+    """Each term of an energy, weighted, whatever its schedule, ``(n,)`` by name; one that wants what is not there is left out.
+
+    Args:
+        energy: as a synthesis lowers it.
+        model: the teacher.
+        x: ``(n, C, H, W)`` in [0, 1].
+        labels: ``(n,)`` int64, or ``None``.
+        noise: of the latents that are inferred; image ``i`` uses row ``i``.
+        batch: images at a time, on which terms that look at a batch as a whole depend.
+    """
+    parts: dict[str, list[Tensor]] = {term.name: [] for term in energy.terms}
+    for i in range(0, len(x), batch):
+        rows = range(i, min(i + batch, len(x)))
+        look = Look(model, None, None if labels is None else labels[i : rows.stop].to(model.device), noise.at(rows))
+        view = look(x[i : rows.stop].to(model.device))
+        for term in energy.terms:
+            if term.name in parts:
+                try:
+                    parts[term.name] += Energy((term,)).parts(view, every=True).values()
+                except ValueError:  # such as labels of images that have none
+                    del parts[term.name]
+    return {name: torch.cat(found).cpu().numpy() for name, found in parts.items() if found}
 
 
 def quality(generated: Tensor, real: NDArray[numpy.float32], features: Features, k: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Pictures for the page: image strips as PNG data URIs, training logs, and loss curves as inline SVG.
+"""Pictures for the page: image strips as PNG data URIs; losses, energies and histograms as inline SVG; and the files they come from.
 
 Nothing that a user wrote enters a picture, labels stand in the page's own text. The same inputs give the same bytes.
 """
@@ -8,23 +8,26 @@ import io
 import json
 import math
 import re
+import sys
 import zipfile
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import matplotlib.style
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 from PIL import Image
 
-__all__ = ["Curves", "Log", "Picture", "Pictures", "loss_svg", "pairs", "read_log", "read_pictures", "strips"]
+__all__ = ["Course", "Curves", "Log", "Picture", "Pictures", "columns", "energy_svg", "histogram_svg", "loss_svg", "pairs", "read_course"]
+__all__ += ["read_log", "read_pictures", "singles", "strips"]
 
 Pixels = NDArray[np.uint8]
 """Images `(k, C, H, W)` with C of 1 or 3."""
@@ -37,10 +40,16 @@ _LARGEST = 256  # larger images are reduced: a report is looked at, the run fold
 _GAP = 2
 _COLUMNS = 16
 _POINTS = 400  # a panel is about this many pixels wide
+_BINS = 24
+_LARGEST_FILE = 2**32  # bytes that an archive may unpack to: a small file can hold terabytes of zeros
+_LARGEST_ENERGY = 1e30  # beyond it sums and axes would overflow
 
 # The colors that matplotlib draws with stand for the page's own, which follow its light or dark mode.
 _INK, _RULE, _SERIES = "#010203", "#040506", "#070809"
+# The kinds of the page, told apart by their lines too, for eyes and printers that do not tell the colors apart.
+_LINES = {"free": ("#0a0b0c", "solid"), "teacher": ("#0d0e0f", (0, (4, 1.6))), "real": ("#101112", (0, (1, 1.2)))}
 _PLACEHOLDERS = {_INK: "var(--muted)", _RULE: "var(--rule)", _SERIES: "var(--series)"}
+_PLACEHOLDERS |= {color: f"var(--{kind})" for kind, (color, _) in _LINES.items()}
 _STYLE = {
     "svg.hashsalt": "potstill",
     "svg.fonttype": "none",
@@ -73,41 +82,128 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pictures:
-    """The arrays of a `pictures.npz` that can be shown, the nearest distances `(k,)`, and the names of those that cannot."""
+    """The arrays of a `pictures.npz` that can be shown, by name, and the names of those that cannot.
+
+    `distances` are those of the nearest images, `(k,)`; `texts` are labels and prompts; `energies` are finite, each `(n,)`.
+    """
 
     images: dict[str, Pixels] = field(default_factory=dict)
     distances: NDArray[np.float64] | None = None
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    energies: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     unusable: tuple[str, ...] = ()
 
 
-def read_pictures(path: Path) -> Pictures | None:
-    """The pictures of a run; `None` where there is no such file or where it is no archive of arrays."""
-    images: dict[str, Pixels] = {}
-    distances = None
+@dataclass(frozen=True)
+class Course:
+    """The course of a synthesis: a `steps.npz`.
+
+    Args:
+        level: share of noise at each step, `(steps,)`, NaN at steps of which nothing is known. Without it the rest is empty too.
+        energies: each term's mean over images, where it is known, against steps that count from 1.
+        at: steps, from 1, at which images were kept, increasing.
+        images: those images, a picture's in one column, `(shown, pictures, C, H, W)` uint8; empty where there are none.
+        unusable: names of arrays that are not what they should be.
+    """
+
+    level: NDArray[np.float64]
+    energies: dict[str, Series]
+    at: list[int]
+    images: NDArray[np.uint8]
+    unusable: tuple[str, ...] = ()
+
+
+def _read_arrays(path: Path) -> tuple[dict[str, NDArray[Any]], list[str]] | None:
+    """The arrays of an npz file, and the names of those that cannot be read; `None` where it is no such file."""
+    # What zipfile raises where a file is encrypted, or packed in a way that it does not know, are RuntimeErrors.
+    broken = (OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
+    arrays: dict[str, NDArray[Any]] = {}
     unusable = []
-    broken = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
     try:
         # The file is opened here, since numpy leaves one that it cannot read open.
         with path.open("rb") as file:
             archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 return None
+            if archive.zip is None or sum(entry.file_size for entry in archive.zip.infolist()) > _LARGEST_FILE:
+                return None
             for name in archive.files:
                 try:
-                    array = archive[name]
+                    arrays[name] = archive[name]
                 except broken:
-                    unusable.append(name)
-                    continue
-                if name == "nearest_distance" and array.ndim == 1 and array.dtype.kind == "f" and np.isfinite(array).all():
-                    distances = array.astype(np.float64)
-                elif array.dtype == np.uint8 and array.ndim == 4 and array.shape[1] in (1, 3) and min(array.shape) > 0:
-                    images[name] = array
-                else:
                     unusable.append(name)
             archive.close()
     except broken:
         return None
-    return Pictures(images, distances, tuple(unusable))
+    return {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}, unusable
+
+
+def _floats(array: NDArray[Any]) -> NDArray[np.float64] | None:
+    """Numbers `(n,)`, those beyond all use as NaN; `None` for anything else."""
+    if array.ndim != 1 or array.dtype.kind != "f" or array.itemsize > 8 or not len(array):
+        return None
+    numbers = array.astype(np.float64)
+    numbers[~(np.abs(numbers) < _LARGEST_ENERGY)] = np.nan
+    return numbers
+
+
+def _are_images(array: NDArray[Any], ndim: int) -> bool:
+    return array.dtype == np.uint8 and array.ndim == ndim and array.shape[-3] in (1, 3) and min(array.shape) > 0
+
+
+def _texts(array: NDArray[Any]) -> list[str] | None:
+    if array.ndim != 1 or array.dtype.kind != "U" or not array.dtype.isnative or not array.nbytes:
+        return None
+    # numpy makes strings of characters that there are not, with which Python can do nothing.
+    return [str(text) for text in array] if np.ascontiguousarray(array).view(np.uint32).max() <= sys.maxunicode else None
+
+
+def read_pictures(path: Path) -> Pictures | None:
+    """The pictures of a run; `None` where there is no such file or where it is no archive of arrays."""
+    found = _read_arrays(path)
+    if found is None:
+        return None
+    arrays, unusable = found
+    pictures = Pictures()
+    distances = None
+    for name, array in arrays.items():
+        numbers = _floats(array)
+        if name == "nearest_distance" and numbers is not None and np.isfinite(numbers).all():
+            distances = numbers
+        elif name.startswith("energy/") and numbers is not None and np.isfinite(numbers).all():
+            pictures.energies[name] = numbers
+        elif name.startswith(("label/", "prompt/")) and (texts := _texts(array)) is not None:
+            pictures.texts[name] = texts
+        elif _are_images(array, 4):
+            pictures.images[name] = array
+        else:
+            unusable.append(name)
+    return replace(pictures, distances=distances, unusable=tuple(unusable))
+
+
+def read_course(path: Path) -> Course | None:
+    """The course of a synthesis; `None` where there is no such file or where it is no archive of arrays."""
+    found = _read_arrays(path)
+    if found is None:
+        return None
+    arrays, unusable = found
+    nothing = np.empty((0, 0, 0, 0, 0), np.uint8)
+    level = _floats(arrays.pop("level", np.empty(0)))
+    if level is None:
+        return Course(np.empty(0), {}, [], nothing, (*unusable, "level"))
+    energies: dict[str, Series] = {}
+    at, images = arrays.pop("at", np.empty(0)), arrays.pop("images", nothing)
+    for name, array in arrays.items():
+        values = _floats(array)
+        if not name.startswith("energy.") or values is None or len(values) != len(level):
+            unusable.append(name)
+        elif np.isfinite(values).any():
+            steps = 1 + np.flatnonzero(np.isfinite(values))
+            energies[name.removeprefix("energy.")] = steps.astype(np.float64), values[steps - 1]
+    whole = at.ndim == 1 and at.dtype.kind == "i" and _are_images(images, 5) and len(at) == len(images)
+    if not whole or at[0] < 0 or at[-1] >= len(level) or (np.diff(at) <= 0).any():
+        return Course(level, energies, [], nothing, (*unusable, "images"))
+    return Course(level, energies, [int(step) + 1 for step in at], images, tuple(unusable))
 
 
 def _tiles(images: Pixels) -> list[Image.Image]:
@@ -126,15 +222,18 @@ def _tiles(images: Pixels) -> list[Image.Image]:
     return tiles
 
 
-def _row(tiles: Sequence[Image.Image], alt: str) -> Picture:
-    """Tiles side by side with transparent gaps, so that the page's own background shows in light and in dark mode."""
-    width = sum(tile.width + _GAP for tile in tiles) - _GAP
-    height = max(tile.height for tile in tiles)
+def _row(tiles: Sequence[Image.Image], alt: str, down: bool = False) -> Picture:
+    """Tiles side by side, or one below the other, with transparent gaps: the page's own background shows in light and in dark mode."""
+    width, height = max(tile.width for tile in tiles), max(tile.height for tile in tiles)
+    if down:
+        height = sum(tile.height + _GAP for tile in tiles) - _GAP
+    else:
+        width = sum(tile.width + _GAP for tile in tiles) - _GAP
     canvas = Image.new("LA" if all(tile.mode == "L" for tile in tiles) else "RGBA", (width, height))
-    left = 0
+    at = 0
     for tile in tiles:
-        canvas.paste(tile.convert(canvas.mode), (left, 0))
-        left += tile.width + _GAP
+        canvas.paste(tile.convert(canvas.mode), (0, at) if down else (at, 0))
+        at += (tile.height if down else tile.width) + _GAP
     buffer = io.BytesIO()
     canvas.save(buffer, "PNG", optimize=True)
     return Picture("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii"), width, height, alt)
@@ -153,6 +252,16 @@ def strips(images: Pixels, what: str, rows: int = 2) -> list[Picture]:
 def pairs(left: Pixels, right: Pixels, alts: Sequence[str]) -> list[Picture]:
     """Two images side by side, for each of the `alts`."""
     return [_row(both, alt) for *both, alt in zip(_tiles(left[: len(alts)]), _tiles(right[: len(alts)]), alts, strict=True)]
+
+
+def singles(images: Pixels, alts: Sequence[str]) -> list[Picture]:
+    """One image for each of the `alts`."""
+    return [_row([tile], alt) for tile, alt in zip(_tiles(images[: len(alts)]), alts, strict=True)]
+
+
+def columns(images: NDArray[np.uint8], alts: Sequence[str]) -> list[Picture]:
+    """Columns of images `(columns, images in each, C, H, W)`, one for each of the `alts`."""
+    return [_row(_tiles(column), alt, down=True) for column, alt in zip(images, alts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -237,37 +346,120 @@ def loss_svg(runs: Sequence[Series], name: str) -> Curves:
     `name` keeps the identifiers inside one page apart; it is made of letters, digits and hyphens.
     """
     values = np.concatenate([losses for _, losses in runs])
-    log = bool(values.min() > 0 and values.max() > 30 * values.min())
+    log = _is_wide(values)
+
+    def draw(axes: Axes) -> None:
+        mean = _mean(runs) if len(runs) > 1 else runs[0]
+        if len(runs) > 1:
+            for run in runs:
+                axes.plot(*_thin(run), color=_SERIES, linewidth=0.7, alpha=0.45, marker=_marker(run))
+        if mean is not None:
+            axes.plot(*_thin(mean), color=_SERIES, linewidth=1.7, marker=_marker(mean))
+        if log:
+            axes.set_yscale("log")
+        _label(axes, "y", log, "loss")
+        _count_steps(axes)
+        axes.set_xlabel("update")
+
+    return Curves(_svg(draw, name), log, any(len(steps) > _POINTS for steps, _ in runs))
+
+
+def energy_svg(series: Series, level: NDArray[np.float64], noise: bool, name: str) -> str:
+    """One term of an energy against the steps of a synthesis, from 1 to as many as `level` has; above them, with `noise`, that level."""
+    log = _is_wide(series[1])
+
+    def draw(axes: Axes) -> None:
+        axes.plot(*_thin(series), color=_SERIES, linewidth=1.7, marker=_marker(series))
+        if log:
+            axes.set_yscale("log")
+        _label(axes, "y", log, "energy")
+        _count_steps(axes)
+        axes.set_xlabel("step")
+        if len(level) > 1:
+            margin = 0.03 * (len(level) - 1)
+            axes.set_xlim(1 - margin, len(level) + margin)  # also where the term began later, so that panels compare
+        if noise:
+            shown = {step: f"{level[step - 1]:#.2g}" for step in range(1, len(level) + 1) if np.isfinite(level[step - 1])}
+            above = axes.secondary_xaxis("top")
+            above.set_xlabel("noise level")
+            above.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            above.xaxis.set_major_formatter(FuncFormatter(lambda step, _: shown.get(round(step), "")))
+
+    return _svg(draw, name)
+
+
+def histogram_svg(sets: Mapping[str, NDArray[np.float64]], name: str) -> str:
+    """Shares of each set of numbers, one for each kind of the page ("free", "teacher", "real"), in bins that all of them have.
+
+    Bins are of equal ratios where all numbers are positive and span more than a factor 30. The last hundredth at either end of a set,
+    which would leave the rest no room, counts in the outermost bins.
+    """
+    low = min(float(np.quantile(numbers, 0.01)) for numbers in sets.values())
+    high = max(float(np.quantile(numbers, 0.99)) for numbers in sets.values())
+    log = _is_wide(np.array([low, high]))
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
+    edges = np.geomspace(low, high, _BINS + 1) if log else np.linspace(low, high, _BINS + 1)
+
+    def draw(axes: Axes) -> None:
+        for kind, numbers in sets.items():
+            color, line = _LINES[kind]
+            shares = np.histogram(numbers.clip(edges[0], edges[-1]), edges)[0] / len(numbers)
+            if kind == "free":
+                axes.stairs(shares, edges, color=color, fill=True, alpha=0.16, linewidth=0)
+            axes.stairs(shares, edges, color=color, linewidth=1.5, linestyle=line)
+        if log:
+            axes.set_xscale("log")
+        _label(axes, "x", log, "energy")
+        axes.yaxis.set_major_locator(MaxNLocator(3))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g}%"))
+        axes.set_ylabel("share of images")
+
+    return _svg(draw, name)
+
+
+def _is_wide(values: NDArray[np.float64]) -> bool:
+    """Whether an axis of the values should be logarithmic: positive, they span more than a factor 30."""
+    return bool(values.min() > 0 and values.max() > 30 * values.min())
+
+
+def _marker(series: Series) -> str | None:
+    return "." if len(series[0]) == 1 else None
+
+
+def _label(axes: Axes, which: Literal["x", "y"], log: bool, what: str) -> None:
+    """Name and numbers of an axis of values."""
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    if log:
+        low, high = axis.get_view_interval()
+        wide = math.log10(high / low) > 2.5
+        axis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 3.0), numticks=7))
+        axis.set_minor_locator(NullLocator())
+    else:
+        axis.set_major_locator(MaxNLocator(5))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(value, 12):,g}" if abs(value) < 1e6 else f"{value:.0e}"))
+    axis.set_label_text(f"{what}, log scale" if log else what)
+
+
+def _count_steps(axes: Axes) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+
+
+def _svg(draw: Callable[[Axes], None], name: str) -> str:
+    """What `draw` draws as an element of the page; `name` keeps the identifiers inside one page apart."""
     with matplotlib.style.context(["default", _STYLE], after_reset=True):
         figure = Figure(figsize=(3.8, 2.3), layout="constrained")
         canvas = FigureCanvasSVG(figure)
         axes = figure.add_subplot()
-        mean = _mean(runs) if len(runs) > 1 else runs[0]
-        if len(runs) > 1:
-            for run in runs:
-                axes.plot(*_thin(run), color=_SERIES, linewidth=0.7, alpha=0.45, marker="." if len(run[0]) == 1 else None)
-        if mean is not None:
-            axes.plot(*_thin(mean), color=_SERIES, linewidth=1.7, marker="." if len(mean[0]) == 1 else None)
-        if log:
-            axes.set_yscale("log")
-            low, high = axes.get_ylim()
-            wide = math.log10(high / low) > 2.5
-            axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 3.0), numticks=7))
-            axes.yaxis.set_minor_locator(NullLocator())
-        else:
-            axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{round(loss, 12):,g}" if abs(loss) < 1e6 else f"{loss:.0e}"))
-        axes.set_xlabel("update")
-        axes.set_ylabel("loss, log scale" if log else "loss")
+        draw(axes)
         axes.grid(axis="y")
         axes.set_axisbelow(True)
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)
         buffer = io.StringIO()
         canvas.print_svg(buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return Curves(_inline(buffer.getvalue(), name), log, any(len(steps) > _POINTS for steps, _ in runs))
+    return _inline(buffer.getvalue(), name)
 
 
 def _inline(svg: str, name: str) -> str:

@@ -24,6 +24,12 @@ __all__ = ["ReportError", "write"]
 
 _FORMAT = "potstill-metrics/1"
 _PAIRS = 24  # surrogate images shown beside their nearest real neighbor; the closest come first, so the rest tell less
+_CAPTIONED = 24  # surrogate images shown with what they were made for
+_STEPS = 16  # columns of a strip of predictions, which fill the page
+_ROWS = 8
+_TERMS = 16  # energies that a surrogate is shown with: more than there are, so a file of thousands cannot make a page of them
+_SETS = {"surrogate": "free", "teacher": "teacher", "real": "real"}
+_WITHOUT_NOISE = ("inversion", "latent")  # kinds whose images are not denoised
 _KINDS = {"teacher": "", "free": "no real data", "real": "real data", "": ""}
 
 
@@ -170,6 +176,96 @@ def _reconstructions(arms: Sequence[Arm], images: Mapping[str, figures.Pixels]) 
     return rows + [_Strip(arm.label, arm.kind, figures.strips(found, f"Reconstructions by {arm.label}", rows=1)) for arm, found in drawn]
 
 
+def _surrogates(run: Path, metrics: Mapping[str, Any], pictures: Pictures | None) -> list[dict[str, Any]]:
+    """One block for each surrogate: what it is, its first images, how they were made, and their energies beside those of others."""
+    # Folders are looked up among those that exist: a name from a file need not be a usable path.
+    own = [run / tables.SURROGATE, *sorted((run / f"{tables.SURROGATE}s").glob("*"))]
+    folders = {str(folder.relative_to(run)): folder for folder in own if (folder / "manifest.json").is_file()}
+    measured = {row.key: row for row in tables.surrogates_of(metrics)}
+    blocks: list[dict[str, Any]] = []
+    for key in dict.fromkeys([*measured, *folders]):
+        manifest = _read_manifest(folders[key] / "manifest.json") if key in folders else {}
+        kind = measured[key].note if key in measured else ""
+        source = str(manifest.get("source") or "")
+        shown = kind or source
+        steps = folders[key] / "steps.npz" if key in folders else None
+        course = figures.read_course(steps) if steps and steps.exists() else None
+        name = f"surrogate-{len(blocks)}"
+        block = {
+            "label": tables.surrogate_label(key),
+            "kind": kind,
+            "manifest": manifest,
+            "source": "" if source == kind else source,
+            "broken": bool(steps and steps.exists() and course is None),
+            "course": course,
+            "curves": _curves(course, name, shown not in _WITHOUT_NOISE) if course else [],
+            "predictions": _predictions(course, shown not in _WITHOUT_NOISE) if course else [],
+            "histograms": _histograms(pictures, key, name) if pictures else [],
+        }
+        blocks.append(block | _first_images(pictures, key, tables.surrogate_label(key)))
+    return blocks
+
+
+def _first_images(pictures: Pictures | None, key: str, label: str) -> dict[str, Any]:
+    """The first images of a surrogate: in rows, or each with its label and prompt."""
+    images = pictures.images.get(f"images/{key}") if pictures else None
+    if pictures is None or images is None:
+        return {"rows": [], "cards": []}
+    texts = [pictures.texts.get(f"{what}/{key}", []) for what in ("label", "prompt")]
+    if not all(len(found) in (0, len(images)) for found in texts) or not any(texts):
+        return {"rows": figures.strips(images, f"First images of {label}"), "cards": []}
+    labels, prompts = (found[:_CAPTIONED] or [""] * min(len(images), _CAPTIONED) for found in texts)
+    words = [" · ".join(filter(None, both)) for both in zip(labels, prompts, strict=True)]
+    shown = figures.singles(images, [f"A surrogate image, made for: {found}" for found in words])
+    # A prompt that names its label says it all.
+    heads = ["" if label.lower() in prompt.lower() else label for label, prompt in zip(labels, prompts, strict=True)]
+    return {"rows": [], "cards": list(zip(shown, heads, prompts, strict=True))}
+
+
+def _curves(course: figures.Course, name: str, noise: bool) -> list[dict[str, Any]]:
+    """Each term of the energy against the steps of a synthesis."""
+    return [
+        {
+            "label": term,
+            # As in the panels of losses: drawn from numbers, no text of a user is inside.
+            "svg": Markup(figures.energy_svg(series, course.level, noise, f"{name}-course-{index}")),
+            "words": f"Energy {term} against step, from {series[1][0]:.4g} at step {series[0][0]:.0f} to {series[1][-1]:.4g} at the last",
+        }
+        for index, (term, series) in enumerate(list(course.energies.items())[:_TERMS])
+    ]
+
+
+def _predictions(course: figures.Course, noise: bool) -> list[dict[str, Any]]:
+    """Columns of predicted images, one for each of the steps that were kept, or for as many of them as fit."""
+    if not course.at:
+        return []
+    kept = np.unique(np.linspace(0, len(course.at) - 1, min(len(course.at), _STEPS)).round().astype(int))
+    alts = [f"What the images looked like at step {course.at[index]} of {len(course.level)}" for index in kept]
+    levels = [course.level[course.at[index] - 1] for index in kept]
+    drawn = figures.columns(course.images[kept, :_ROWS], alts)
+    return [
+        {"picture": picture, "step": course.at[index], "level": f"{level:#.2g}" if noise and np.isfinite(level) else ""}
+        for picture, index, level in zip(drawn, kept, levels, strict=True)
+    ]
+
+
+def _histograms(pictures: Pictures, key: str, name: str) -> list[dict[str, Any]]:
+    """Each term's energies of a surrogate, of the teacher's samples and of real images."""
+    found: dict[str, dict[str, Any]] = {}
+    for path, energies in pictures.energies.items():
+        term, _, who = path.removeprefix(f"energy/{key}/").rpartition("/")
+        if path.startswith(f"energy/{key}/") and term and who in _SETS:
+            found.setdefault(term, {})[who] = energies
+    panels = []
+    for index, (term, sets) in enumerate(list(found.items())[:_TERMS]):
+        by_kind = {kind: sets[who] for who, kind in _SETS.items() if who in sets}
+        means = [(kind, f"{numbers.mean():.4g}") for kind, numbers in by_kind.items()]
+        words = ", ".join(f"{who} {sets[who].mean():.4g}" for who in _SETS if who in sets)
+        svg = Markup(figures.histogram_svg(by_kind, f"{name}-energy-{index}"))
+        panels.append({"label": term, "svg": svg, "means": means, "words": f"Histogram of energy {term}; means: {words}"})
+    return panels
+
+
 def _neighbors(pictures: Pictures) -> dict[str, Any] | None:
     """Each surrogate image beside the real image nearest to it, the closest pair first where distances are known."""
     made, nearest, distances = pictures.images.get("surrogate"), pictures.images.get("nearest"), pictures.distances
@@ -273,7 +369,10 @@ def _render(run: Path) -> str:
         walls=_walls(arms, images),
         reconstructions=_reconstructions(arms, images),
         neighbors=_neighbors(pictures) if pictures else None,
-        manifest=_read_manifest(run / "surrogate" / "manifest.json"),
+        surrogates=_surrogates(run, metrics, pictures),
+        surrogate_rows=tables.surrogates_of(metrics),
+        surrogate_columns=tables.surrogate_metrics(tables.surrogates_of(metrics)),
+        sets=_SETS,
         panels=_training(run, arms),
         recipe=recipe,
         environment=_facts({key: entry for key, entry in environment.items() if key != "versions"}),

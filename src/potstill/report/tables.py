@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 __all__ = ["ARM_LABELS", "DASH", "METRICS", "Arm", "Metric", "Value", "arms_of", "compared_metric", "features_of", "floor_of"]
-__all__ += ["format_value", "metric_of", "metrics_in", "ratio", "subject_of", "text_table", "verdict"]
+__all__ += ["SURROGATE", "format_value", "metric_of", "metrics_in", "ratio", "subject_of", "surrogate_label", "surrogate_metrics"]
+__all__ += ["surrogates_of", "text_table", "verdict"]
 
 DASH = "–"
 """What stands where a value is missing: an en dash, which every terminal's code page has."""
@@ -25,6 +26,9 @@ ARM_LABELS: dict[str, str] = {
     SCRATCH: "Student, from scratch",
 }
 """Names in the reader's words for arms that bring no label of their own."""
+
+SURROGATE = "surrogate"
+"""The folder of the surrogate that has no name of its own; the others lie in a folder that is named for them all."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,8 @@ METRICS: tuple[Metric, ...] = (
 )
 """The metrics that the page knows, in the order of its columns. Others are shown under their own key, without a direction."""
 
+_SURROGATE_METRICS = (Metric("images", "Images", short="images"), METRICS[0])
+_ENERGY = "energy."  # before the name of one among a surrogate's values
 _BY_KEY = {metric.key: metric for metric in METRICS}
 _COST_PREFIXES = ("latency", "throughput", "params", "size", "memory", "flops")
 _TEXT_COLUMNS = ("frechet", "mmd", "one_nn", "reconstruction_mse", "accuracy", "params", "size_mib", "latency_ms_b1")
@@ -159,6 +165,36 @@ def arms_of(metrics: Mapping[str, Any]) -> list[Arm]:
     return sorted(arms, key=lambda arm: arm.kind != "teacher")
 
 
+def surrogates_of(metrics: Mapping[str, Any]) -> list[Arm]:
+    """The surrogates in the file's order as rows of their own table: `key` is the folder, `note` the kind.
+
+    Their values are `images`, `frechet` and, with their spread over images, `energy.NAME`.
+    """
+    rows = []
+    for folder, found in _mapping(metrics.get("surrogates")).items():
+        about = _mapping(found)
+        values = _values({metric.key: about.get(metric.key) for metric in _SURROGATE_METRICS})
+        values |= {f"{_ENERGY}{name}": value for name, value in _values(about.get("energies")).items()}
+        rows.append(Arm(folder, surrogate_label(folder), "free", None, str(about.get("kind") or ""), values))
+    return rows
+
+
+def surrogate_label(folder: str) -> str:
+    """A surrogate's name for the reader: that of its folder, without the one that all named ones share."""
+    return "Surrogate" if folder == SURROGATE else folder.removeprefix(f"{SURROGATE}s/")
+
+
+def surrogate_metrics(rows: Sequence[Arm]) -> list[Metric]:
+    """The columns of the table of surrogates: those that one of them has, energies last."""
+    present = dict.fromkeys(key for row in rows for key in row.values)
+    energies = [Metric(key, f"Energy: {_words(key.removeprefix(_ENERGY))}") for key in present if key.startswith(_ENERGY)]
+    return [metric for metric in _SURROGATE_METRICS if metric.key in present] + energies
+
+
+def _words(key: str) -> str:
+    return key.replace("_", " ")
+
+
 def floor_of(metrics: Mapping[str, Any]) -> dict[str, Value]:
     """The floor: every metric with real images against other real images, the best that any model can be expected to reach."""
     return _values(_mapping(metrics.get("reference")).get("floor"))
@@ -172,7 +208,7 @@ def features_of(metrics: Mapping[str, Any]) -> str:
 
 def metric_of(key: str) -> Metric:
     """The description of a metric; one that the page does not know gets its key as its name and no direction."""
-    return _BY_KEY.get(key) or Metric(key, key.replace("_", " "), cost=key.startswith(_COST_PREFIXES))
+    return _BY_KEY.get(key) or Metric(key, _words(key), cost=key.startswith(_COST_PREFIXES))
 
 
 def metrics_in(metrics: Mapping[str, Any], cost: bool) -> list[Metric]:
@@ -348,7 +384,7 @@ def _cut(text: str, width: int) -> str:
 
 
 def text_table(metrics: Mapping[str, Any]) -> str:
-    """The arms and their main figures as plain text of at most 120 columns, the floor last, a line on directions below.
+    """The arms and their main figures as plain text of at most 120 columns, the floor last, below it directions and the surrogates.
 
     A column that no arm has is left out. Where the rest does not fit, labels are cut first and then whole columns dropped.
     """
@@ -389,4 +425,7 @@ def text_table(metrics: Mapping[str, Any]) -> str:
     if features := features_of(metrics):
         notes.append(f"features: {_printable(features)}")
     lines.append(_cut("; ".join(notes), _WIDTH))
+    for row in surrogates_of(metrics):
+        figures = [f"{metric.short} {format_value(row.values[metric.key])}" for metric in _SURROGATE_METRICS if metric.key in row.values]
+        lines.append(_cut(_printable(f"{row.key}: {', '.join([row.note, *figures])}"), _WIDTH))
     return "\n".join(lines)

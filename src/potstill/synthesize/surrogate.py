@@ -60,15 +60,20 @@ class Steps:
         self.images: list[npt.NDArray[np.uint8]] = []
 
     def watch(self, step: Step) -> None:
-        """Told after each step."""
-        self.level.append(step.level)
-        for name, part in step.parts.items():
+        """Told after each step. One of which it is not told, since no term was active, counts as NaN."""
+        for _ in range(step.index - len(self.level)):
+            self._add(float("nan"), {})
+        self._add(step.level, step.parts)
+        if not self.at or step.index % max(1, step.steps // self._columns) == 0 or step.index == step.steps - 1:
+            self.at.append(step.index)
+            self.images.append(to_uint8(step.images[: self._pictures].float().nan_to_num().clamp(0, 1)))
+
+    def _add(self, level: float, parts: dict[str, Tensor]) -> None:
+        self.level.append(level)
+        for name, part in parts.items():
             self.energy.setdefault(name, [float("nan")] * (len(self.level) - 1)).append(part.mean().item())
         for values in self.energy.values():
             values += [float("nan")] * (len(self.level) - len(values))
-        if step.index % max(1, step.steps // self._columns) == 0 or step.index == step.steps - 1:
-            self.at.append(step.index)
-            self.images.append(to_uint8(step.images[: self._pictures].float().nan_to_num().clamp(0, 1)))
 
     def save(self, path: Path) -> None:
         """Write an npz file: ``level`` (steps,), ``energy.NAME`` (steps,), ``at`` (shown,), ``images`` (shown, pictures, C, H, W)."""
