@@ -14,6 +14,7 @@ from potstill.evaluate.cost import parameters
 from potstill.families.classifier import Classifier, ResNet
 from potstill.families.lvae import LVAE
 from potstill.families.vae import VAE
+from potstill.state import digest_of
 
 NETS = [
     config.LVAENet(kind="lvae", image=(1, 8, 8), width=4, levels=2, latent=2),
@@ -33,7 +34,7 @@ def test_fresh_weights_come_from_the_seed_and_the_name_alone():
     a = small()
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.rand(3)
-    digests = [build.digest_of(net) for net in (a, small(), small(1), build.born(0, "other", lambda: LVAE((1, 8, 8), 4, 2, 2)))]
+    digests = [digest_of(net) for net in (a, small(), small(1), build.born(0, "other", lambda: LVAE((1, 8, 8), 4, 2, 2)))]
     assert digests[0] == digests[1]
     assert len(set(digests)) == 3
 
@@ -46,7 +47,7 @@ def test_a_digest_sees_classes_names_types_and_values():
     changed = small()
     with torch.no_grad():
         next(changed.parameters()).view(-1)[0] += 1e-6
-    assert len({build.digest_of(n) for n in (net, other, changed, small().double())}) == 4
+    assert len({digest_of(n) for n in (net, other, changed, small().double())}) == 4
 
 
 @pytest.mark.parametrize("section", NETS, ids=lambda s: s.kind)
@@ -56,7 +57,7 @@ def test_what_is_saved_is_loaded(tmp_path, section):
     assert json.loads((tmp_path / "config.json").read_text())["family"] == section.kind
     found = build.pretrained(str(tmp_path))
     assert type(found) is type(net)
-    assert build.digest_of(found) == build.digest_of(net)
+    assert digest_of(found) == digest_of(net)
     assert not found.training
 
 
@@ -89,7 +90,7 @@ def test_a_student_by_width_and_by_ratio():
         student = build.student(section, teacher, 3, ())
         assert parameters(student.net) < parameters(teacher.net) / 8
         again, other = (build.student(section, teacher, seed, ()) for seed in (3, 4))
-        assert build.digest_of(student.net) == build.digest_of(again.net) != build.digest_of(other.net)
+        assert digest_of(student.net) == digest_of(again.net) != digest_of(other.net)
 
 
 def test_rules_become_functions():

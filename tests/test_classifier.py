@@ -31,7 +31,7 @@ from potstill.families.lvae import LVAE
 from potstill.families.vae import VAE
 from potstill.model import Images, Model
 from potstill.noise import Noise
-from potstill.state import save_tensors
+from potstill.state import digest_of, save_tensors
 from potstill.synthesize import surrogate
 from potstill.trace import run
 
@@ -144,7 +144,7 @@ def test_a_checkpoint_without_counters_of_batches_loads(tmp_path):
     section = config.ResNetNet(kind="resnet", image=IMAGE, classes=3, depth=8, width=2, mean=(0.5,), std=(0.25,))
     weights = config.Weights(kind="weights", path=str(tmp_path / "weights.safetensors"), net=section)
     teacher = build.teacher(weights, tmp_path, ())
-    assert build.digest_of(teacher.net) == build.digest_of(net)
+    assert digest_of(teacher.net) == digest_of(net)
     assert teacher.images == Images(IMAGE, (0.5,), (0.25,))
     save_tensors({name: t for name, t in tensors.items() if name != "bn1.running_var"}, tmp_path / "weights.safetensors")
     with pytest.raises(BadInput, match=r"not the weights of this ResNet: it lacks bn1\.running_var"):
@@ -339,7 +339,7 @@ def test_every_arm_trains_all_of_a_classifier_and_leaves_the_teacher_bit_for_bit
     before = shop.teacher_digest
     born, found = trained(shop)
     assert moved(born, found) == {name for name, _ in found.net.named_parameters()}
-    assert build.digest_of(shop.teacher.net) == before
+    assert digest_of(shop.teacher.net) == before
     done = json.loads((tmp_path / "students" / f"student_{arm}" / "seed-0" / "job.json").read_text())
     assert done["updates"] == {"scratch" if arm == "scratch" else "infer": 2}
 
@@ -354,7 +354,7 @@ def test_augmentation_reaches_every_training(tmp_path, what):
         arms = [what] if what != "train" else ["scratch"]
         shop = workshop(tmp_path / name, distill={"generate": None, "infer": steps, "scratch": steps}, train=train, arms=arms)
         model = jobs.make_teacher(shop, accelerator("cpu")) if what == "train" else trained(shop)[1]
-        digests.add(build.digest_of(model.net))
+        digests.add(digest_of(model.net))
     assert len(digests) == 2  # no shift is no change
 
 

@@ -28,7 +28,7 @@ from .families.lvae import LVAE
 from .families.vae import VAE
 from .model import Model
 from .noise import Noise
-from .state import read_json, read_tensors, sha256
+from .state import digest_of, read_json, read_tensors, sha256
 from .synthesize.ancestral import Ancestral, Uniform
 from .synthesize.guided import Guided
 from .synthesize.inversion import Inversion, LatentInversion
@@ -427,17 +427,6 @@ class _Body(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net.features(self.images.encode(x))
-
-
-def digest_of(net: nn.Module) -> str:
-    """Hex digest of a network's class and state."""
-    import hashlib
-
-    hasher = hashlib.sha256(type(net).__name__.encode())
-    for name, tensor in sorted(net.state_dict().items()):
-        hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return hasher.hexdigest()
 
 
 def energy(

@@ -29,7 +29,7 @@ from .families.classifier import classes_of
 from .families.diffusion import Autoencoding, Denoising, TextToImage
 from .model import Model
 from .noise import Noise
-from .state import States, fingerprint, lock, os_error, publish, read_json, save_tensors, sha256, write_json
+from .state import States, digest_of, fingerprint, lock, os_error, publish, read_json, save_tensors, sha256, write_json
 from .synthesize import surrogate
 from .synthesize.prior import Prompts
 from .synthesize.synthesis import Synthesis, Synthesizer, Watch
@@ -84,7 +84,7 @@ class Workshop:
     @cached_property
     def teacher_digest(self) -> str:
         """Of its weights."""
-        return build.digest_of(self.teacher.net)
+        return digest_of(self.teacher.net)
 
     @cached_property
     def data(self) -> Dataset | None:

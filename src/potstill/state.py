@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import BrokenFile, Locked
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 FORMAT = "potstill-state/1"
 
@@ -316,3 +316,14 @@ def lock(path: Path, wait_seconds: float = 0.0, what: str = "", keep_going: Call
                     raise Locked(f"{what or path.parent}: another potstill process is working in this folder") from None
                 time.sleep(0.1)
         yield
+
+
+def digest_of(net: nn.Module) -> str:
+    """Hex digest of a network's class and state."""
+    import torch
+
+    hasher = hashlib.sha256(type(net).__name__.encode())
+    for name, tensor in sorted(net.state_dict().items()):
+        hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()

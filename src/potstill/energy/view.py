@@ -300,7 +300,7 @@ def gradient(energy: Energy, view: View, wrt: Tensor, check: bool = False) -> tu
         if not parts:
             return torch.zeros_like(wrt), {}
         # From the images to what they are made of all terms go one way, a dear one through a denoiser: their sum tells whether it is cut.
-        dead = [name for name, part in parts.items() if _is_dead(part, view.x, check)]
+        dead = [name for name, part in parts.items() if not wrt.requires_grad or _is_dead(part, view.x, check)]
         if not dead:
             (found,) = torch.autograd.grad(torch.stack(list(parts.values())).sum(), wrt, allow_unused=True)
             if found is not None and not (check and not found.any()):

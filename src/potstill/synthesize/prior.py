@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import BadInput
 from ..noise import Noise
+from ..state import digest_of
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -131,7 +132,7 @@ class Prior:
         texts: Sequence[tuple[Any, nn.Module]] = (),
         tiny: nn.Module | None = None,
     ):
-        self.unet, self.scheduler, self.vae, self.texts, self._tiny = unet, scheduler, vae, tuple(texts), tiny
+        self.unet, self.scheduler, self.vae, self.texts, self.tiny = unet, scheduler, vae, tuple(texts), tiny
         for net in self._nets():
             net.eval().requires_grad_(False)
         if unet.config.in_channels != unet.config.out_channels:
@@ -247,7 +248,7 @@ class Prior:
         return getattr(self.unet.config, "num_class_embeds", None)
 
     def _nets(self) -> list[nn.Module]:
-        return [net for net in (self.unet, self.vae, self._tiny, *(encoder for _, encoder in self.texts)) if net is not None]
+        return [net for net in (self.unet, self.vae, self.tiny, *(encoder for _, encoder in self.texts)) if net is not None]
 
     def parameters(self) -> int:
         """Number of parameters of all parts."""
@@ -259,12 +260,8 @@ class Prior:
 
     def digest(self) -> str:
         """Hex digest of the weights and the schedule."""
-        hasher = hashlib.sha256(json.dumps(dict(self.scheduler.config), sort_keys=True, default=str).encode())
-        for net in self._nets():
-            for name, tensor in sorted(net.state_dict().items()):
-                hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return hasher.hexdigest()
+        schedule = json.dumps(dict(self.scheduler.config), sort_keys=True, default=str)
+        return hashlib.sha256("\n".join([schedule, *map(digest_of, self._nets())]).encode()).hexdigest()
 
     def save_memory(self) -> None:
         """Keep less for the gradient, at the price of time: activations of the denoiser are computed again, images decoded one by one."""
@@ -360,9 +357,9 @@ class Prior:
             ones = torch.ones_like(latents[:, :1], dtype=torch.float32)
             return torch.einsum("oc,nchw->nohw", self._linear, torch.cat([latents.float(), ones], 1))
         if how == "tiny":
-            if self._tiny is None:
+            if self.tiny is None:
                 raise BadInput("prior: decode tiny needs the folder or id of an AutoencoderTiny in prior.tiny")
-            found: Tensor = self._tiny.decode(latents.to(self.dtype), return_dict=False)[0]
+            found: Tensor = self.tiny.decode(latents.to(self.dtype), return_dict=False)[0]
             return found.float() * 0.5 + 0.5
         config = self.vae.config
         scaled = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
