@@ -617,6 +617,15 @@ def test_a_gradient_that_is_0_everywhere_is_dead_when_checked():
         gradient(total_variation + brightness, View(x, BLIND), x, check=True)
 
 
+def test_images_that_do_not_depend_on_what_is_guided_are_dead_when_checked():
+    latent = images().requires_grad_()
+    x = latent * 0 + 0.5
+    assert not gradient(brightness, View(x, BLIND), latent)[0].any()
+    x = latent * 0 + 0.5
+    with pytest.raises(DeadEnergy, match="energy 'brightness' has no gradient"):
+        gradient(brightness, View(x, BLIND), latent, check=True)
+
+
 def test_a_gradient_can_be_had_inside_no_grad(vae):
     """As a sampler's loop runs; also after an energy was logged there."""
     x = images().requires_grad_()

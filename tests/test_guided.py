@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributions import Normal
 
 import priors
+from potstill.energy.image import l2
 from potstill.energy.view import DeadEnergy, Energy, Look, energy
 from potstill.errors import BadInput
 from potstill.model import Images, Model
@@ -152,6 +153,13 @@ def test_a_dead_energy_is_named(mode):
 def test_a_dead_term_is_found_when_its_time_comes():
     with pytest.raises(DeadEnergy, match="dead"):
         Guided(pixel_prior(), SHAPE, 4)(darkness + dead.between(0.5, 1.0), Look(tiny_teacher()), 2, Noise())
+
+
+def test_looking_for_dead_terms_takes_no_backward_pass_of_the_denoiser():
+    prior, passes = pixel_prior(), []
+    prior.unet.conv_in.register_full_backward_hook(lambda *_: passes.append(1))
+    Guided(prior, SHAPE, 3, "full")(darkness + l2, Look(tiny_teacher()), 2, Noise())
+    assert len(passes) == 3
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
