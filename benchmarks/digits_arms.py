@@ -20,7 +20,7 @@ from potstill.report.tables import text_table
 from potstill.state import read_json
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-IMAGES = 2048
+IMAGES = 1024
 COMMON = {"n": IMAGES, "batch": 128}
 NELBO = [{"kind": "posterior_kl"}, {"kind": "reconstruction"}]
 
@@ -32,7 +32,7 @@ def prior(path: str, **more: Any) -> dict[str, Any]:
         | {
             "kind": "guided",
             "prior": path,
-            "steps": 20,
+            "steps": 15,
             "classes": DIGITS,
             "prompts": ["the digit {}", "a handwritten digit {}", "a thin handwritten number {}", "number {}, thick"],
             "guidance_scale": 2.0,
@@ -75,7 +75,7 @@ def reconstruction(path: str) -> dict[str, Any]:
 def classifier(path: str) -> dict[str, Any]:
     """(b) a classifier of a tenth of its teacher's size."""
     aimed = [{"kind": "cross_entropy"}]
-    full = [*aimed, {"kind": "batchnorm", "weight": 0.05}]
+    full = [*aimed, {"kind": "batchnorm", "weight": 0.5}]
     return {
         "teacher": {"kind": "pretrained", "path": "zoo:digits-classifier"},
         "student": {"ratio": 10},
@@ -86,6 +86,7 @@ def classifier(path: str) -> dict[str, Any]:
             "guided-full": prior(path, mode="full", energy=aimed),
             "guided-clean": prior(path, mode="clean", energy=aimed),
             "guided-batchnorm": prior(path, mode="full", energy=full),
+            "guided-batchnorm-far": prior(path, mode="full", energy=full, clip=0.5),
             "noise": COMMON | {"kind": "uniform"},
         },
         "mixtures": {"unguided-and-guided": ["unguided", "guided-batchnorm"]},

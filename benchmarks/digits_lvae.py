@@ -105,16 +105,15 @@ def main() -> None:
         rows.append({"teacher": seed, "arm": "floor", **{k: floor[k] for k in KEPT if k in floor}})
         keep(seed, metrics, list(metrics["arms"]))
         every.append(figures_of(metrics))
-        if seed == 0:
-            with_data = metrics["arms"]["student_with_data"]["frechet"]["mean"]
-            metrics = measure(seed, arguments.runs, "longer", LONGER, ["distill.infer.steps=2400", *arguments.set])
-            keep(seed, metrics, ["student_data_free_longer"])
-            arm, teacher = metrics["arms"]["student_data_free_longer"], metrics["arms"]["teacher"]
-            every[0] |= {
-                "data_free_longer_over_with_data": arm["frechet"]["mean"] / with_data,
-                "reconstruction_over_teacher_longer": arm["reconstruction_mse"]["mean"] / teacher["reconstruction_mse"]["mean"],
-                "kl_over_teacher_longer": arm["kl"]["mean"] / teacher["kl"]["mean"],
-            }
+    with_data = next(r["frechet"]["mean"] for r in rows if r["teacher"] == 0 and r["arm"] == "student_with_data")
+    metrics = measure(0, arguments.runs, "longer", LONGER, ["distill.infer.steps=2400", *arguments.set])
+    keep(0, metrics, ["student_data_free_longer"])
+    arm, teacher = metrics["arms"]["student_data_free_longer"], metrics["arms"]["teacher"]
+    every[0] |= {
+        "data_free_longer_over_with_data": arm["frechet"]["mean"] / with_data,
+        "reconstruction_over_teacher_longer": arm["reconstruction_mse"]["mean"] / teacher["reconstruction_mse"]["mean"],
+        "kl_over_teacher_longer": arm["kl"]["mean"] / teacher["kl"]["mean"],
+    }
     # The shipped teacher is that of seed 0; the others say how far its figures can be trusted.
     figures = dict(every[0])
     for name in every[0]:

@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from potstill.synthesize.synthesis import Synthesizer
 ENERGY = cross_entropy + 0.1 * batchnorm
 PROMPTS = Prompts(tuple((f"a picture of {label}",) for label in range(10)))
 STRENGTH = 3.0  # of classifier-free guidance
+CLIP = 3.0  # ten times the usual: the published loop knows no bound, and nothing pulls the images of a random denoiser back
 NOISE = Noise((0,))
 
 
@@ -63,9 +65,11 @@ class Size:
         tokens: of a prompt.
         decoder: channels of the autoencoder's levels, each but the last twice as large as the next.
         groups: of the normalization.
-        steps: of the sampler.
         images: that each variant makes.
         batch: of ours.
+        steps: of the sampler.
+        sizes: of the published loop's step that are tried.
+        scales: of ours.
     """
 
     side: int
@@ -76,9 +80,11 @@ class Size:
     tokens: int
     decoder: tuple[int, ...]
     groups: int
-    steps: int
     images: int
     batch: int
+    steps: int = 10
+    sizes: tuple[float, ...] = (3.0, 10.0, 30.0)
+    scales: tuple[float, ...] = (100.0, 300.0, 1000.0)
 
     def divided(self, by: int) -> Size:
         """A narrower one on smaller latents, to try the code on a small machine."""
@@ -90,9 +96,21 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(8, (8, 16), 1, 4, 8, 16, (8, 8, 8), 4, 10, 32, 32),
-    "small": Size(16, (32, 64), 2, 2, 32, 16, (32, 32, 64), 8, 10, 8, 8),
-    "sd15": Size(64, (320, 640, 1280, 1280), 2, 8, 768, 77, (128, 256, 512, 512), 32, 10, 4, 4),
+    "tiny": Size(side=8, channels=(8, 16), layers=1, heads=4, text=8, tokens=16, decoder=(8, 8, 8), groups=4, images=32, batch=32),
+    "small": Size(side=16, channels=(32, 64), layers=2, heads=2, text=32, tokens=16, decoder=(32, 32, 64), groups=8, images=8, batch=8),
+    "sd15": Size(
+        side=64,
+        channels=(320, 640, 1280, 1280),
+        layers=2,
+        heads=8,
+        text=768,
+        tokens=77,
+        decoder=(128, 256, 512, 512),
+        groups=32,
+        images=4,
+        batch=4,
+        sizes=(0.3, 1.0, 3.0),
+    ),
 }
 
 
@@ -208,11 +226,11 @@ def variants(prior: Prior, shape: tuple[int, int, int], size: Size) -> dict[str,
 
     def ours(mode: str, decode: str = "vae") -> Variant:
         def make(scale: float) -> Guided:
-            return Guided(prior, shape, size.steps, mode, scale, 3.0, decode=decode, prompts=PROMPTS, guidance_scale=STRENGTH)
+            return Guided(prior, shape, size.steps, mode, scale, CLIP, decode=decode, prompts=PROMPTS, guidance_scale=STRENGTH)
 
-        return Variant(make, size.batch, (1.0,) if mode == "off" else (10.0, 100.0, 1000.0))
+        return Variant(make, size.batch, (1.0,) if mode == "off" else size.scales)
 
-    found = {"published": Variant(lambda scale: Published(prior, shape, size.steps, scale), 1, (1.0, 10.0, 100.0))}
+    found = {"published": Variant(lambda scale: Published(prior, shape, size.steps, scale), 1, size.sizes)}
     for mode in ("full", "clean"):
         found |= {
             f"{mode}, {decode}": ours(mode, decode) for decode in ("vae", "tiny", "linear") if decode != "tiny" or prior.tiny is not None
@@ -238,23 +256,21 @@ def energies(images: Tensor, teacher: Model) -> tuple[float, float]:
     return float(ENERGY(Look(teacher, labels=labels)(images)).mean()), float(torch.cat(alone).mean())
 
 
-def peak(work: Callable[[], Any], device: torch.device) -> float:
-    """MiB that some work takes at its peak, above what rests before it: of the GPU, or else of resident memory, which Linux counts."""
+def peak(work: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:
+    """What some work returns, and the MiB it took at its peak above what rested before: of the GPU, or else resident, as Linux counts."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        work()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        return work(), (torch.cuda.max_memory_allocated() - before) / 2**20
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory that the allocator keeps would hide what is taken from it
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     except OSError:
-        return math.nan
+        return work(), math.nan
     before = _resident("VmRSS")
-    work()
-    return (_resident("VmHWM") - before) / 2**10
+    return work(), (_resident("VmHWM") - before) / 2**10
 
 
 def _resident(key: str) -> int:
@@ -262,27 +278,29 @@ def _resident(key: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
+def tuned(variant: Variant, teacher: Model, n: int) -> float:
+    """The scale whose images have the lowest energy."""
+    if len(variant.scales) == 1:
+        return variant.scales[0]
+    found = {scale: energies(draw(variant.make(scale), teacher, n, variant.batch), teacher)[0] for scale in variant.scales}
+    return min(found, key=lambda scale: math.inf if math.isnan(found[scale]) else found[scale])
+
+
 def measure(prior: Prior, teacher: Model, size: Size, repeats: int) -> list[dict[str, Any]]:
     """One row a variant."""
-    found = variants(prior, teacher.images.shape, size)
-    rows: dict[str, dict[str, Any]] = {}
-    samplers: dict[str, Synthesizer] = {}
-    for name, variant in found.items():
-        tried = {}
-        for scale in variant.scales if len(variant.scales) > 1 else ():
-            tried[scale] = energies(draw(variant.make(scale), teacher, size.images // 2, variant.batch), teacher)[0]
-        scale = min(tried, key=lambda s: math.inf if math.isnan(tried[s]) else tried[s], default=variant.scales[0])
-        samplers[name] = variant.make(scale)
-        made: list[Tensor] = []
-        memory = peak(lambda v=variant, s=samplers[name], m=made: m.append(draw(s, teacher, size.images, v.batch)), prior.device)
-        together, alone = energies(made[0], teacher)
+    rows, draws = {}, {}
+    for name, variant in variants(prior, teacher.images.shape, size).items():
+        scale = tuned(variant, teacher, max(size.images // 4, 1))
+        draws[name] = partial(draw, variant.make(scale), teacher, size.images, variant.batch)
+        images, memory = peak(draws[name], prior.device)
+        together, alone = energies(images, teacher)
         row = {"batch": variant.batch, "scale": scale, "energy": together, "energy_alone": alone, "peak_mib": memory}
         rows[name] = {"variant": name, **row}
-    seconds: dict[str, list[float]] = {name: [] for name in found}
+    seconds: dict[str, list[float]] = {name: [] for name in draws}
     for _ in range(repeats):
-        for name, variant in found.items():
+        for name, work in draws.items():
             start = time.perf_counter()
-            draw(samplers[name], teacher, size.images, variant.batch)
+            work()
             if prior.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
@@ -293,7 +311,7 @@ def measure(prior: Prior, teacher: Model, size: Size, repeats: int) -> list[dict
 
 
 def fastest(rows: list[dict[str, Any]], mode: str) -> dict[str, Any]:
-    """Of a mode, the fastest variant whose images have no higher energy than the published loop's, or else the one with the whole decoder."""
+    """Of a mode, the fastest variant of no higher energy than the published loop's, or else the one with the whole decoder."""
     published = next(row for row in rows if row["variant"] == "published")
     found = [row for row in rows if row["variant"].startswith(mode)]
     return max((row for row in found if row["energy"] <= published["energy"]), key=lambda row: row["speedup"], default=found[0])
