@@ -85,7 +85,7 @@ def _zoo() -> None:
     for card in sorted((Path(__file__).parent / "zoo").glob("*/README.md")):
         text = card.read_text(encoding="utf-8").split("---\n")[-1]
         lines = [line for line in text.splitlines() if line and not line.startswith(("#", "```", "{"))]
-        size = (card.parent / "model.safetensors").stat().st_size / 2**20
+        size = sum(path.stat().st_size for path in card.parent.rglob("*.safetensors")) / 2**20
         print(f"zoo:{card.parent.name}  ({size:.2f} MiB)\n  {lines[0]}")
 
 
