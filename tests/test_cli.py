@@ -634,7 +634,7 @@ def test_doctor(capsys):
 def test_zoo(capsys):
     assert cli.main(["zoo"]) == 0
     out = capsys.readouterr().out
-    for name in ("digits-lvae", "digits-classifier"):
+    for name in ("digits-lvae", "digits-classifier", "glyphs-sd"):
         assert f"zoo:{name}  (" in out
     assert "MiB)" in out
 
