@@ -5,14 +5,13 @@ one image at a time; two calls of the denoiser a step, for classifier-free guida
 through all of them; and ``latents - size * gradient`` before the scheduler's step. Both are given the best of three sizes of their
 step, by the energy of the images, and take turns in one process, so that a machine whose speed drifts slows both.
 
-Where the networks are so small that a call costs more than its arithmetic, a batch is what makes the difference: that is ``tiny``,
-of the tests' widths. ``small`` is bound by arithmetic on one thread of a CPU, and all that is left to save is the decoder.
-The weights are random, on which speed does not depend. No cheap decoder stands in for a random one, so those of its rows tell a
-speed alone; ``--prior`` takes a trained pipeline instead.
+``glyphs-sd`` is the zoo's prior, whose latents a linear map decodes well enough for a gradient. The others have random weights: speed
+does not depend on them, but no cheap decoder stands in for a random one, and those rows tell a speed alone. In ``tiny``, of the
+tests' widths, a call costs more than its arithmetic, and the batch makes the difference. ``small`` is bound by arithmetic on one
+thread of a CPU, where a batch saves little, and all that a mode can spare is the decoder's pass or the denoiser's way back.
 
     python benchmarks/guided_speed.py
-    python benchmarks/guided_speed.py --size sd15 --device cuda
-    python benchmarks/guided_speed.py --prior FOLDER
+    python benchmarks/guided_speed.py --only sd15 --device cuda
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from common import write
-from potstill.build import pretrained
+from potstill.build import ZOO, pretrained
 from potstill.energy import Energy, Look, batchnorm, cross_entropy
 from potstill.families.classifier import ResNet
 from potstill.families.diffusion import tokenizer
@@ -46,15 +45,16 @@ from potstill.synthesize.prior import Prior, Prompts
 from potstill.synthesize.synthesis import Synthesizer
 
 ENERGY = cross_entropy + 0.1 * batchnorm
-PROMPTS = Prompts(tuple((f"a picture of {label}",) for label in range(10)))
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+PROMPTS = Prompts(tuple((f"the digit {digit}",) for digit in DIGITS))
 STRENGTH = 3.0  # of classifier-free guidance
-CLIP = 3.0  # ten times the usual: the published loop knows no bound, and nothing pulls the images of a random denoiser back
+CLIP = 3.0  # ten times the usual, for the published loop knows no bound
 NOISE = Noise((0,))
 
 
 @dataclass(frozen=True)
-class Size:
-    """A pipeline of Stable Diffusion's shape.
+class Shape:
+    """Of a random pipeline that is built like Stable Diffusion's.
 
     Args:
         side: of the latents, in pixels.
@@ -65,11 +65,6 @@ class Size:
         tokens: of a prompt.
         decoder: channels of the autoencoder's levels, each but the last twice as large as the next.
         groups: of the normalization.
-        images: that each variant makes.
-        batch: of ours.
-        steps: of the sampler.
-        sizes: of the published loop's step that are tried.
-        scales: of ours.
     """
 
     side: int
@@ -80,13 +75,8 @@ class Size:
     tokens: int
     decoder: tuple[int, ...]
     groups: int
-    images: int
-    batch: int
-    steps: int = 10
-    sizes: tuple[float, ...] = (3.0, 10.0, 30.0)
-    scales: tuple[float, ...] = (100.0, 300.0, 1000.0)
 
-    def divided(self, by: int) -> Size:
+    def divided(self, by: int) -> Shape:
         """A narrower one on smaller latents, to try the code on a small machine."""
 
         def narrow(channels: tuple[int, ...]) -> tuple[int, ...]:
@@ -95,71 +85,84 @@ class Size:
         return replace(self, side=self.side // by, channels=narrow(self.channels), decoder=narrow(self.decoder))
 
 
-SIZES = {
-    "tiny": Size(side=8, channels=(8, 16), layers=1, heads=4, text=8, tokens=16, decoder=(8, 8, 8), groups=4, images=32, batch=32),
-    "small": Size(side=16, channels=(32, 64), layers=2, heads=2, text=32, tokens=16, decoder=(32, 32, 64), groups=8, images=8, batch=8),
-    "sd15": Size(
-        side=64,
-        channels=(320, 640, 1280, 1280),
-        layers=2,
-        heads=8,
-        text=768,
-        tokens=77,
-        decoder=(128, 256, 512, 512),
-        groups=32,
-        images=4,
-        batch=4,
-        sizes=(0.3, 1.0, 3.0),
-    ),
+@dataclass(frozen=True)
+class Case:
+    """What is compared.
+
+    Args:
+        pipeline: a folder, or the shape of a random one.
+        images: that each variant makes.
+        batch: of ours.
+        sizes: of the published loop's step that are tried.
+        scales: of ours.
+        steps: of the sampler.
+    """
+
+    pipeline: Path | Shape
+    images: int
+    batch: int
+    sizes: tuple[float, ...]
+    scales: tuple[float, ...]
+    steps: int = 10
+
+
+TINY = Shape(side=8, channels=(8, 16), layers=1, heads=4, text=8, tokens=16, decoder=(8, 8, 8), groups=4)
+SMALL = Shape(side=16, channels=(32, 64), layers=2, heads=2, text=32, tokens=16, decoder=(32, 32, 64), groups=8)
+SD15 = Shape(side=64, channels=(320, 640, 1280, 1280), layers=2, heads=8, text=768, tokens=77, decoder=(128, 256, 512, 512), groups=32)
+CASES = {
+    "glyphs-sd": Case(ZOO / "glyphs-sd", 16, 16, (0.1, 0.3, 1.0), (10.0, 30.0, 100.0)),
+    "tiny": Case(TINY, 16, 16, (3.0, 10.0, 30.0), (100.0, 300.0, 1000.0)),
+    "small": Case(SMALL, 4, 4, (3.0, 10.0, 30.0), (100.0, 300.0, 1000.0)),
+    "sd15": Case(SD15, 4, 4, (0.3, 1.0, 3.0), (100.0, 300.0, 1000.0)),
 }
 
 
-def pipeline(size: Size, device: torch.device, dtype: torch.dtype) -> Prior:
+def pipeline(shape: Shape, device: torch.device, dtype: torch.dtype) -> Prior:
     """A random one."""
     from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     with tempfile.TemporaryDirectory() as folder:
         words = tokenizer([text for texts in PROMPTS.wordings for text in texts], Path(folder))
-    words.model_max_length = size.tokens
-    levels, stages = len(size.channels), len(size.decoder)
+    words.model_max_length = shape.tokens
+    levels, stages = len(shape.channels), len(shape.decoder)
     torch.manual_seed(0)
     with torch.device(device):
         text = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=len(words),
-                hidden_size=size.text,
-                intermediate_size=4 * size.text,
+                hidden_size=shape.text,
+                intermediate_size=4 * shape.text,
                 num_hidden_layers=2,
                 num_attention_heads=2,
-                max_position_embeddings=size.tokens,
+                max_position_embeddings=shape.tokens,
                 bos_token_id=words.bos_token_id,
                 eos_token_id=words.eos_token_id,
                 pad_token_id=words.pad_token_id,
             )
         )
         unet = UNet2DConditionModel(
-            sample_size=size.side,
+            sample_size=shape.side,
             in_channels=4,
             out_channels=4,
-            block_out_channels=size.channels,
+            block_out_channels=shape.channels,
             down_block_types=(*("CrossAttnDownBlock2D",) * (levels - 1), "DownBlock2D"),
             up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * (levels - 1)),
-            layers_per_block=size.layers,
-            cross_attention_dim=size.text,
-            attention_head_dim=size.heads,  # diffusers' name for their number
-            norm_num_groups=size.groups,
+            layers_per_block=shape.layers,
+            cross_attention_dim=shape.text,
+            attention_head_dim=shape.heads,  # diffusers' name for their number
+            norm_num_groups=shape.groups,
         )
         vae = AutoencoderKL(
-            block_out_channels=size.decoder,
+            block_out_channels=shape.decoder,
             down_block_types=("DownEncoderBlock2D",) * stages,
             up_block_types=("UpDecoderBlock2D",) * stages,
-            layers_per_block=size.layers,
+            layers_per_block=shape.layers,
             latent_channels=4,
-            norm_num_groups=size.groups,
-            sample_size=size.side * 2 ** (stages - 1),
+            norm_num_groups=shape.groups,
+            sample_size=shape.side * 2 ** (stages - 1),
         )
-        width, blocks = max(size.decoder[0] // 2, 4), (*(size.layers + 1,) * (stages - 1), 1)
+        width, blocks = max(shape.decoder[0] // 2, 4), (*(shape.layers + 1,) * (stages - 1), 1)
         cheap = AutoencoderTiny(
             encoder_block_out_channels=(width,) * stages,
             decoder_block_out_channels=(width,) * stages,
@@ -180,7 +183,7 @@ def _cast(net: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 @dataclass(frozen=True)
 class Published:
-    """The published algorithm, for a batch of one. Its first six arguments are those of :class:`Guided`."""
+    """The published algorithm, for one image; ``scale`` is the size of its step. To be called as :class:`Guided` is."""
 
     prior: Prior
     shape: tuple[int, int, int]
@@ -221,16 +224,16 @@ class Variant:
     scales: tuple[float, ...]
 
 
-def variants(prior: Prior, shape: tuple[int, int, int], size: Size) -> dict[str, Variant]:
+def variants(prior: Prior, shape: tuple[int, int, int], case: Case) -> dict[str, Variant]:
     """The published loop, ours, and ours without guidance."""
 
     def ours(mode: str, decode: str = "vae") -> Variant:
         def make(scale: float) -> Guided:
-            return Guided(prior, shape, size.steps, mode, scale, CLIP, decode=decode, prompts=PROMPTS, guidance_scale=STRENGTH)
+            return Guided(prior, shape, case.steps, mode, scale, CLIP, decode=decode, prompts=PROMPTS, guidance_scale=STRENGTH)
 
-        return Variant(make, size.batch, (1.0,) if mode == "off" else size.scales)
+        return Variant(make, case.batch, (1.0,) if mode == "off" else case.scales)
 
-    found = {"published": Variant(lambda scale: Published(prior, shape, size.steps, scale), 1, size.sizes)}
+    found = {"published": Variant(lambda scale: Published(prior, shape, case.steps, scale), 1, case.sizes)}
     for mode in ("full", "clean"):
         found |= {
             f"{mode}, {decode}": ours(mode, decode) for decode in ("vae", "tiny", "linear") if decode != "tiny" or prior.tiny is not None
@@ -250,7 +253,10 @@ def draw(sampler: Synthesizer, teacher: Model, n: int, batch: int) -> Tensor:
 
 @torch.no_grad()
 def energies(images: Tensor, teacher: Model) -> tuple[float, float]:
-    """Mean energy of finished images, seen together, as ours are made, and each alone, as the published loop saw it."""
+    """Mean energy of finished images, seen as one batch, as ours are made, and each alone, as the published loop sees it.
+
+    They differ by ``batchnorm``, which compares the statistics of a set.
+    """
     labels = torch.arange(len(images), device=images.device) % 10
     alone = [ENERGY(Look(teacher, labels=y)(x)) for x, y in zip(images.split(1), labels.split(1), strict=True)]
     return float(ENERGY(Look(teacher, labels=labels)(images)).mean()), float(torch.cat(alone).mean())
@@ -286,12 +292,12 @@ def tuned(variant: Variant, teacher: Model, n: int) -> float:
     return min(found, key=lambda scale: math.inf if math.isnan(found[scale]) else found[scale])
 
 
-def measure(prior: Prior, teacher: Model, size: Size, repeats: int) -> list[dict[str, Any]]:
+def measure(prior: Prior, teacher: Model, case: Case, repeats: int) -> list[dict[str, Any]]:
     """One row a variant."""
     rows, draws = {}, {}
-    for name, variant in variants(prior, teacher.images.shape, size).items():
-        scale = tuned(variant, teacher, max(size.images // 4, 1))
-        draws[name] = partial(draw, variant.make(scale), teacher, size.images, variant.batch)
+    for name, variant in variants(prior, teacher.images.shape, case).items():
+        scale = tuned(variant, teacher, case.images // 2)
+        draws[name] = partial(draw, variant.make(scale), teacher, case.images, variant.batch)
         images, memory = peak(draws[name], prior.device)
         together, alone = energies(images, teacher)
         row = {"batch": variant.batch, "scale": scale, "energy": together, "energy_alone": alone, "peak_mib": memory}
@@ -305,52 +311,54 @@ def measure(prior: Prior, teacher: Model, size: Size, repeats: int) -> list[dict
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
     for name, row in rows.items():
-        row["images_per_s"] = size.images / statistics.median(seconds[name])
+        row["images_per_s"] = case.images / statistics.median(seconds[name])
         row["speedup"] = statistics.median(a / b for a, b in zip(seconds["published"], seconds[name], strict=True))
     return list(rows.values())
 
 
 def fastest(rows: list[dict[str, Any]], mode: str) -> dict[str, Any]:
     """Of a mode, the fastest variant of no higher energy than the published loop's, or else the one with the whole decoder."""
-    published = next(row for row in rows if row["variant"] == "published")
     found = [row for row in rows if row["variant"].startswith(mode)]
-    return max((row for row in found if row["energy"] <= published["energy"]), key=lambda row: row["speedup"], default=found[0])
+    return max((row for row in found if row["energy"] <= rows[0]["energy"]), key=lambda row: row["speedup"], default=found[0])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, help="by default tiny and small")
-    parser.add_argument("--prior", type=Path, help="a trained pipeline's folder, instead of random ones")
+    parser.add_argument("--only", nargs="+", choices=CASES, default=["glyphs-sd", "tiny", "small"])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--divide", type=int, default=1, help="the channels and the side of the latents, to try sd15 on a small machine")
-    parser.add_argument("--batch", type=int, help="of ours")
+    parser.add_argument("--divide", type=int, default=1, help="random pipelines' channels and latents, to try sd15 on a small machine")
+    parser.add_argument("--batch", type=int, help="of ours, and the number of images")
     parser.add_argument("--repeats", type=int, default=3)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device(chosen.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     figures: dict[str, float] = {}
     rows = []
-    for name in [chosen.prior.name] if chosen.prior else [chosen.size] if chosen.size else ["tiny", "small"]:
-        size = SIZES.get(name, SIZES["tiny"])
-        size = size.divided(chosen.divide) if chosen.divide > 1 else size
-        size = replace(size, batch=chosen.batch, images=max(size.images, chosen.batch)) if chosen.batch else size
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        prior = Prior.from_pretrained(chosen.prior, device=device, dtype=dtype) if chosen.prior else pipeline(size, device, dtype)
+    for name in chosen.only:
+        case = CASES[name]
+        if chosen.batch:
+            case = replace(case, batch=chosen.batch, images=chosen.batch)
+        if isinstance(case.pipeline, Shape):
+            prior = pipeline(case.pipeline.divided(chosen.divide) if chosen.divide > 1 else case.pipeline, device, dtype)
+        else:
+            prior = Prior.from_pretrained(case.pipeline, dtype=dtype, device=device)
         net = ResNet((3, 64, 64), width=64) if name == "sd15" else pretrained("zoo:digits-classifier")
-        found = measure(prior, net.to(device).model().frozen(), size, chosen.repeats)
-        print(f"{name}: {prior.parameters() / 1e6:.2f} million parameters, {prior.image_shape} pixels, {size.steps} steps")
+        found = measure(prior, net.to(device).model().frozen(), case, chosen.repeats)
+        print(f"{name}: {prior.parameters() / 1e6:.2f} million parameters, images of {prior.image_shape}, {case.steps} steps")
         for row in found:
             print(
-                f"  {row['variant']:14} batch {row['batch']:2}: {row['images_per_s']:7.2f} images/s ({row['speedup']:5.2f} x), "
-                f"energy {row['energy']:.3f} (alone {row['energy_alone']:.3f}) at scale {row['scale']:g}, peak {row['peak_mib']:.0f} MiB"
+                f"  {row['variant']:14} batch {row['batch']:2}: {row['images_per_s']:6.2f} images/s ({row['speedup']:5.2f} x), "
+                f"energy {row['energy']:.3f} (alone {row['energy_alone']:.3f}) at {row['scale']:g}, peak {row['peak_mib']:.0f} MiB"
             )
-        published = next(row for row in found if row["variant"] == "published")
-        suffix = "" if name == "tiny" else f"_{name}"
-        for mode, end in (("full", ""), ("clean", "_clean")):
-            best = fastest(found, mode)
-            figures |= {f"speedup_{mode}{suffix}": best["speedup"], f"energy_ratio{end}{suffix}": best["energy"] / published["energy"]}
-        rows += [{"size": name, **row} for row in found]
-    print(f"wrote {write('guided_speed', figures, rows)}")
+        suffix = "" if name == chosen.only[0] else f"_{name}"
+        for mode, end in (("full", suffix), ("clean", f"_clean{suffix}")):
+            best, published = fastest(found, mode), found[0]
+            figures[f"speedup_{mode}{suffix}"] = best["speedup"]
+            figures[f"energy_ratio{end}"] = best["energy"] / published["energy"]
+            figures[f"energy_ratio_alone{end}"] = best["energy_alone"] / published["energy_alone"]
+        rows += [{"pipeline": name, **row} for row in found]
+    print(f"wrote {write('guided_speed' if device.type == 'cpu' else f'guided_speed_{device.type}', figures, rows)}")
 
 
 if __name__ == "__main__":
