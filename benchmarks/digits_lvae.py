@@ -38,7 +38,7 @@ MORE: list[Any] = [
 ]
 # And on: generator and encoder six and three times as long as in the demo.
 LONGER = [{"kind": "data_free", "name": "student_data_free_longer", "start": "more", "steps": 4800}]
-LARGER = {"more": {"kind": "ancestral", "n": 16384, "sweeps": 5}}
+LARGER = {"more": {"kind": "ancestral", "n": 16384, "sweeps": 10}}
 KEPT = ("frechet", "frechet_sqrt", "kid", "emd", "mmd", "one_nn", "precision", "recall")
 KEPT += ("paired_mse", "reconstruction_mse", "kl", "nelbo", "latency_ms_b1")
 
