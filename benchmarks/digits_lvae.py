@@ -100,7 +100,12 @@ def main() -> None:
             rows.append({"teacher": seed, "arm": name, "note": about["note"], "params": arm["params"], "size_mib": arm["size_mib"], **kept})
 
     for seed in range(arguments.teachers):
-        metrics = measure(seed, arguments.runs, "students", ARMS + (MORE if seed == 0 else []), arguments.set)
+        arms = ARMS + MORE if seed == 0 else [arm for arm in ARMS if arm != "scratch"]
+        metrics = measure(seed, arguments.runs, "students", arms, arguments.set)
+        if seed == 0:
+            scratch = {key: metrics[key]["student_scratch"] for key in ("arms", "arms_info")}
+        for key in scratch:  # which knows no teacher, so that one set of students serves for all
+            metrics[key]["student_scratch"] = scratch[key]
         floor = metrics["reference"]["floor"]
         rows.append({"teacher": seed, "arm": "floor", **{k: floor[k] for k in KEPT if k in floor}})
         keep(seed, metrics, list(metrics["arms"]))
