@@ -320,11 +320,16 @@ def test_an_image_that_is_not_finite_is_drawn_again():
             x[[r in (2, 5) for r in noise.rows]] = float("nan")
         return x
 
-    made = Synthesis(draw, teacher(), brightness)(range(6), Noise((3,)))
+    def wording(labels, noise, n):
+        return [f"{noise.key} {row}" for row in noise.rows]
+
+    made = Synthesis(draw, teacher(), brightness, wording=wording)(range(6), Noise((3,)))
     plain = Noise((3,)).at(range(6)).uniform("x", (6, *SHAPE))
     again = Noise((3,)).fold("redraw", 0).at([2, 5]).uniform("x", (2, *SHAPE))
     assert torch.equal(made.images[[0, 1, 3, 4]], plain[[0, 1, 3, 4]])
     assert torch.equal(made.images[[2, 5]], again)
+    key, redrawn = (3,), (3, "redraw", 0)
+    assert made.prompts == [f"{redrawn if row in (2, 5) else key} {row}" for row in range(6)]
     assert made.energies["brightness"].isfinite().all()
 
 

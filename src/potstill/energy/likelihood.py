@@ -75,8 +75,8 @@ def typicality(
 ) -> Energy:
     """How far the teacher's negative ELBO of an image lies from the values it gives its own samples, ``(batch,)``.
 
-    The most probable image is no typical one: a plain ELBO is best for blank and blurred images, whose negative ELBO is below
-    that of every sample (Nalisnick et al., "Detecting Out-of-Distribution Inputs to Deep Generative Models Using
+    The most probable image is no typical one: where a model is sure of blank or blurred images, their negative ELBO is below
+    that of its samples, and a plain ELBO collapses to them (Nalisnick et al., "Detecting Out-of-Distribution Inputs to Deep Generative Models Using
     Typicality", 2019). So each image has a target, the negative ELBO of one sample of the teacher, chosen by the view's
     noise at its row: together they are distributed as the teacher's own. The energy is 0.5 ((value - target) / sd)², with
     the standard deviation of the samples' values.

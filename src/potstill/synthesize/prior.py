@@ -327,7 +327,9 @@ class Prior:
             pooled = torch.stack([p for _, p in embedded]).to(self.dtype)
             arguments["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids.expand(len(embedded), -1)}
         if getattr(self.unet.config, "time_cond_proj_dim", None):
-            raise BadInput("prior: a denoiser with an embedded guidance scale (a distilled LCM) is not supported; use its LoRA-free form")
+            raise BadInput(
+                "prior: a denoiser with an embedded guidance scale (a distilled LCM) is not supported; use the model that it was distilled from"
+            )
         return arguments
 
     def predict(self, noisy: Tensor, t: Tensor, condition: Condition) -> Tensor:

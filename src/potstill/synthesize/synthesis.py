@@ -102,7 +102,8 @@ class Synthesis:
             BadInput: one is not finite after so many draws; it names the term.
         """
         watch = self.watch if len(rows) and rows[0] == 0 else None
-        images = self._drawn(rows, noise, watch)
+        images, labels = self._drawn(rows, noise, watch), self._labels(rows)
+        prompts = self.wording(labels, noise.at(rows), len(rows)) if self.wording else None
         for attempt in range(REDRAWS + 1):
             with torch.no_grad():
                 parts = self.energy.parts(self._look(rows, noise)(images, 1.0), every=True)
@@ -116,9 +117,11 @@ class Synthesis:
                 raise BadInput(
                     f"surrogate: {what} of row {rows[bad[0]]} is not finite in {REDRAWS + 1} draws; lower scale, or look at the teacher"
                 )
-            images[bad] = self._drawn([rows[i] for i in bad], noise.fold("redraw", attempt), None)
-        labels = self._labels(rows)
-        prompts = self.wording(labels, noise.at(rows), len(rows)) if self.wording else None
+            again, fresh = [rows[i] for i in bad], noise.fold("redraw", attempt)
+            images[bad] = self._drawn(again, fresh, None)
+            if self.wording and prompts is not None:
+                for i, prompt in zip(bad, self.wording(self._labels(again), fresh.at(again), len(again)), strict=True):
+                    prompts[i] = prompt
         return Made(images, None if labels is None else labels.tolist(), prompts, {name: part.detach() for name, part in parts.items()})
 
     def _drawn(self, rows: Sequence[int], noise: Noise, watch: Watch | None) -> Tensor:
