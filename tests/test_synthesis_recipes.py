@@ -222,6 +222,17 @@ def test_what_does_not_fit_together_is_one_line(here, capsys, section, what):
     assert what in told(here, capsys, surrogate=section)
 
 
+def test_other_texts_in_the_same_file_are_refused(here, capsys):
+    texts = here.folder / "texts.yaml"
+    section = GUIDED | {"mode": "off", "prompts": None, "prompts_file": "texts.yaml"}
+    texts.write_text("{zero: [the digit zero], one: [the digit one]}")
+    assert here.run("synthesize", surrogate=section) == 0
+    assert here.run("synthesize", surrogate=section) == 0
+    texts.write_text("{zero: [the digit zero], one: [another one]}")
+    assert here.run("synthesize", surrogate=section) == 2
+    assert "differs: files.surrogate.prompts" in capsys.readouterr().err
+
+
 def test_an_arm_that_names_an_unknown_surrogate(here, capsys):
     line = told(here, capsys, surrogates={"a": SMALL}, arms=[{"kind": "data_free", "surrogate": "b"}])
     assert "surrogate b is not among surrogates, which has a" in line

@@ -25,6 +25,7 @@ import torch
 from . import __version__, build, config
 from .data import Dataset, Split
 from .distill.loop import accelerator, threads
+from .energy.statistics import FILE as ACTIVATIONS
 from .energy.view import Look
 from .errors import BadInput, BrokenFile, Failed, Refused
 from .evaluate.arms import accuracy, cost, energies, over_seeds, quality, reconstructions, samples
@@ -51,7 +52,7 @@ from .jobs import (
 from .model import Model
 from .noise import Noise
 from .progress import Board, LogTail
-from .state import fingerprint, lock, plain_tensors, read_json, replacing, sha256, sweep, write_json, write_text
+from .state import digest_of, fingerprint, lock, plain_tensors, read_json, replacing, sha256, sweep, write_json, write_text
 from .synthesize import surrogate
 from .synthesize.guided import Guided
 from .synthesize.inversion import Inversion, LatentInversion
@@ -286,8 +287,8 @@ class Run:
         """The surrogate data sets."""
         self._section("synthesize")
         sections, shop = self.recipe.synthesized, self.shop
-        priors = {f: d for f in sections if (d := self._prior_digest(f))}
-        depends = self._reads("synthesize") | {"weights": shop.teacher_digest} | ({"priors": priors} if priors else {})
+        files = {folder: found for folder in sections if (found := self._files_of(folder))}
+        depends = self._reads("synthesize") | {"weights": shop.teacher_digest} | ({"files": files} if files else {})
         with self._stage("synthesize", depends, [self.folder / f / "manifest.json" for f in sections]) as work:
             if not work:
                 return
@@ -321,9 +322,19 @@ class Run:
             text += f"; the linear decode leaves {guided.prior.linear_rest:.0%} of the variance"
         self.board.say(text)
 
-    def _prior_digest(self, folder: str) -> str | None:
-        synthesizer = self.shop.synthesis(folder).synthesizer
-        return synthesizer.prior.digest() if isinstance(synthesizer, Guided) else None
+    def _files_of(self, folder: str) -> dict[str, Any]:
+        """What a surrogate depends on that the recipe only names: the prior, the texts, the generator, recorded activations."""
+        section, synthesizer = self.recipe.synthesized[folder], self.shop.synthesis(folder).synthesizer
+        found: dict[str, Any] = {}
+        if isinstance(synthesizer, Guided):
+            found["prior"] = synthesizer.prior.digest()
+            if synthesizer.prompts:
+                found["prompts"] = [list(texts) for texts in synthesizer.prompts.wordings]
+        if isinstance(synthesizer, LatentInversion):
+            found["generator"] = digest_of(synthesizer.generator.net)
+        if any(term.kind == "activation_summary" for term in section.energy) and isinstance(self.recipe.teacher, config.Pretrained):
+            found["activations"] = sha256(build.locate(self.recipe.teacher.path) / ACTIVATIONS)
+        return found
 
     def distill(self) -> None:
         """Every student: arms times seeds, side by side where the machine has the cores."""

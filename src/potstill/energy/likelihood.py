@@ -75,11 +75,11 @@ def typicality(
 ) -> Energy:
     """How far the teacher's negative ELBO of an image lies from the values it gives its own samples, ``(batch,)``.
 
-    The most probable image is no typical one: where a model is sure of blank or blurred images, their negative ELBO is below
-    that of its samples, and a plain ELBO collapses to them (Nalisnick et al., "Detecting Out-of-Distribution Inputs to Deep Generative Models Using
-    Typicality", 2019). So each image has a target, the negative ELBO of one sample of the teacher, chosen by the view's
-    noise at its row: together they are distributed as the teacher's own. The energy is 0.5 ((value - target) / sd)², with
-    the standard deviation of the samples' values.
+    The most probable image is no typical one: where a model is sure of blank or blurred images, their negative ELBO is below that
+    of its samples, and a plain ELBO collapses to them (Nalisnick et al., "Detecting Out-of-Distribution Inputs to Deep Generative
+    Models Using Typicality", 2019). So each image has a target, the negative ELBO of one sample of the teacher, chosen by the view's
+    noise at its row: together they are distributed as the teacher's own. The energy is 0.5 ((value - target) / sd)², with the
+    standard deviation of the samples' values.
 
     Args:
         teacher: the one that will look; it generates and infers, and is in eval mode.

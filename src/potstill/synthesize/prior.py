@@ -328,7 +328,7 @@ class Prior:
             arguments["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids.expand(len(embedded), -1)}
         if getattr(self.unet.config, "time_cond_proj_dim", None):
             raise BadInput(
-                "prior: a denoiser with an embedded guidance scale (a distilled LCM) is not supported; use the model that it was distilled from"
+                "prior: a denoiser with an embedded guidance scale (a distilled LCM) is not supported; use what it was distilled from"
             )
         return arguments
 
