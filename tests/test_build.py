@@ -14,7 +14,7 @@ from potstill.evaluate.cost import parameters
 from potstill.families.classifier import Classifier, ResNet
 from potstill.families.lvae import LVAE
 from potstill.families.vae import VAE
-from potstill.state import digest_of
+from potstill.state import digest_of, write_tensors
 
 NETS = [
     config.LVAENet(kind="lvae", image=(1, 8, 8), width=4, levels=2, latent=2),
@@ -91,6 +91,21 @@ def test_a_student_by_width_and_by_ratio():
         assert parameters(student.net) < parameters(teacher.net) / 8
         again, other = (build.student(section, teacher, seed, ()) for seed in (3, 4))
         assert digest_of(student.net) == digest_of(again.net) != digest_of(other.net)
+
+
+def test_weights_that_are_missing_or_unknown_are_named_with_their_shapes(tmp_path):
+    net = small()
+    tensors = {f"model.{name}" if name.startswith("d1") else name: t for name, t in net.state_dict().items() if name != "u2.out.weight"}
+    write_tensors(tmp_path / "w.safetensors", tensors)
+    with pytest.raises(BadInput) as caught:
+        build.load_weights(net, tmp_path / "w.safetensors")
+    lacks, _, unknown = str(caught.value).partition("it lacks ")[2].partition(" and has unknown ")
+    assert lacks.startswith("d1.net.0.bn1.bias (4,), d1.net.0.bn1.running_mean (4,), ")
+    missing = [name for name in net.state_dict() if name.startswith("d1") and "num_batches" not in name] + ["u2.out.weight"]
+    assert lacks.endswith(f" and {len(missing) - 5} more")
+    assert lacks.count(", d1.") == 4
+    assert unknown.startswith("model.d1.net.0.bn1.bias (4,), ")
+    assert "u2" not in unknown
 
 
 def test_rules_become_functions():

@@ -38,6 +38,7 @@ ORDER = [
     "evaluate",
     "report",
     "build",
+    "doctor",
     "jobs",
     "progress",
     "worker",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,12 +141,8 @@ def _check_weights(tensors: dict[str, Tensor], net: nn.Module, path: Path) -> No
     needed = {name for name in expected if not name.endswith("num_batches_tracked")}
     missing, extra = sorted(needed - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
-        lines = [
-            f"{what} {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-            for what, names in (("lacks", missing), ("has unknown", extra))
-            if names
-        ]
-        raise BadInput(f"{path}: not the weights of this {type(net).__name__}: it {' and '.join(lines)}")
+        parts = [_listed(*part) for part in (("lacks", missing, expected), ("has unknown", extra, tensors)) if part[1]]
+        raise BadInput(f"{path}: not the weights of this {type(net).__name__}: it {' and '.join(parts)}")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise BadInput(f"{path}: {name} is {tuple(tensor.shape)}, but this {type(net).__name__} has {tuple(expected[name].shape)}")
@@ -154,6 +150,12 @@ def _check_weights(tensors: dict[str, Tensor], net: nn.Module, path: Path) -> No
             raise BadInput(f"{path}: {name} is {tensor.dtype}, but this {type(net).__name__} has {expected[name].dtype}")
         if tensor.is_floating_point() and not tensor.float().isfinite().all():  # 8-bit floats have no isfinite of their own
             raise BadInput(f"{path}: {name} holds NaN or infinite values")
+
+
+def _listed(what: str, names: Sequence[str], tensors: Mapping[str, Tensor]) -> str:
+    """The first five of those tensors, with their shapes, and how many more there are."""
+    first = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in names[:5])
+    return f"{what} {first}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
 
 
 def locate(path: str) -> Path:
@@ -274,6 +276,20 @@ def teacher(section: config.Teacher, trained: Path, allowed: Sequence[str]) -> M
     Raises:
         BadInput: it cannot be loaded, or does not generate images of its shape, or infer them or their labels, that are finite.
     """
+    model = loaded(section, trained, allowed)
+    if model.generate is None and model.infer is None:
+        raise BadInput(f"teacher: the {type(model.net).__name__} has neither a generate nor an infer program")
+    _check_output(model, "infer" if model.generate is None else "generate")
+    return model
+
+
+def loaded(section: config.Teacher, trained: Path, allowed: Sequence[str]) -> Model:
+    """The teacher as :func:`teacher` gives it, but unseen: none of its programs is run.
+
+    Raises:
+        BadInput: it cannot be loaded.
+    """
+    model: Model
     match section:
         case config.Pretrained():
             model = pretrained(section.path).model()
@@ -287,11 +303,7 @@ def teacher(section: config.Teacher, trained: Path, allowed: Sequence[str]) -> M
             model = net.model()
         case config.Python():
             model = _own_model(section.target, allowed, **section.arguments)
-    model = model.frozen()
-    if model.generate is None and model.infer is None:
-        raise BadInput(f"teacher: the {type(model.net).__name__} has neither a generate nor an infer program")
-    _check_output(model, "infer" if model.generate is None else "generate")
-    return model
+    return model.frozen()
 
 
 def _check_output(teacher: Model, program: str) -> None:

@@ -55,7 +55,13 @@ def _parser() -> argparse.ArgumentParser:
         with_run(name, help)
     commands.add_parser("schema", help="print the recipe's JSON schema")
     commands.add_parser("zoo", help="list the models that come with potstill")
-    commands.add_parser("doctor", help="versions, threads, devices, and what works here")
+    doctor = commands.add_parser("doctor", help="what works here; with --teacher, what is wrong with a model")
+    doctor.add_argument(
+        "--teacher",
+        metavar="MODEL",
+        help="look at this one: a folder, zoo:NAME, a Hub id, a recipe with a teacher, or module:name of a function that returns a Model",
+    )
+    doctor.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE", help="allow code of this module")
     return parser
 
 
@@ -89,7 +95,10 @@ def _zoo() -> None:
         print(f"zoo:{card.parent.name}  ({size:.2f} MiB)\n  {lines[0]}")
 
 
-def _doctor() -> None:
+def _doctor(teacher: str | None, modules: Sequence[str]) -> None:
+    if teacher is not None:
+        _examine(teacher, modules)
+        return
     import importlib.util
 
     from . import pipeline
@@ -105,6 +114,34 @@ def _doctor() -> None:
         print(f"{package:<16}{number}")
     for module, use in (("sklearn", "the demo and data: {kind: digits}"), ("datasets", "load_dataset on a surrogate")):
         print(f"{module:<16}{'installed' if importlib.util.find_spec(module) else 'not installed'}: {use}")
+
+
+def _examine(teacher: str, modules: Sequence[str]) -> None:
+    """Look at a model; all that is wrong with it is one error, a line each."""
+    from . import config
+
+    trained = Path()
+    if Path(teacher).suffix in (".yaml", ".yml", ".json"):
+        recipe = config.read(teacher)
+        if recipe.teacher is None:
+            raise BadInput(f"{teacher}: the recipe names no teacher")
+        section, trained = recipe.teacher, Path("runs") / recipe.name / "teacher"
+    else:
+        own = ":" in teacher and not teacher.startswith("zoo:")
+        described = {"kind": "python", "target": teacher} if own else {"kind": "pretrained", "path": teacher}
+        checked = config.check({"name": "doctor", "teacher": described}).teacher
+        assert checked is not None
+        section = checked
+    if modules:
+        sys.path.insert(0, os.getcwd())
+    from . import build
+    from .doctor import examine, summary
+
+    build.allow(modules)
+    model = build.loaded(section, trained, modules)
+    if findings := examine(model):
+        raise BadInput("\n".join(map(str, findings)))
+    print("\n".join([*summary(model), "nothing wrong was found"]))
 
 
 def _schema() -> None:
@@ -161,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 case "zoo":
                     _zoo()
                 case "doctor":
-                    _doctor()
+                    _doctor(arguments.teacher, arguments.modules)
                 case _:
                     _run(arguments)
             sys.stdout.flush()

@@ -100,7 +100,8 @@ class Match:
     reduce: Literal["sum", "mean"] = "sum"
 
 
-def _shape(dist: Distribution) -> tuple[int, ...]:
+def shape_of(dist: Distribution) -> tuple[int, ...]:
+    """Of a value of the distribution: ``(batch, ...)``."""
     return tuple(dist.batch_shape + dist.event_shape)
 
 
@@ -123,11 +124,12 @@ def compare(teacher: Trace, student: Trace, rules: Sequence[Match] = (Match(),))
             if name not in student:
                 raise KeyError(f"the student has no node {name!r}; it has {list(student)}. Rename one, or match fewer nodes")
             p, q = teacher[name].dist, student[name].dist
-            if _shape(p) != _shape(q):
+            shape, other = shape_of(p), shape_of(q)
+            if shape != other:
                 raise ValueError(
-                    f"node {name!r} is {_shape(p)} in the teacher and {_shape(q)} in the student; match nodes of one shape, or leave it out"
+                    f"node {name!r} is {shape} in the teacher and {other} in the student; match nodes of one shape, or leave it out"
                 )
-            scale = rule.weight / math.prod(_shape(p)[1:]) if rule.reduce == "mean" else rule.weight
+            scale = rule.weight / math.prod(shape[1:]) if rule.reduce == "mean" else rule.weight
             losses[name] = scale * rule.by(p, q)
     if not losses:
         raise ValueError(f"no rule matches any of the teacher's nodes {list(teacher)}")

@@ -25,6 +25,13 @@ class Images:
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
 
+    @classmethod
+    def between(cls, shape: tuple[int, int, int], low: float, high: float) -> Images:
+        """Images of a network whose pixels go from ``low`` to ``high``, such as -1 to 1."""
+        if not low < high:
+            raise ValueError(f"images between {low} and {high}; the first must be less")
+        return cls(shape, (low / (low - high),), (1 / (high - low),))
+
     def encode(self, x: Tensor) -> Tensor:
         """``(batch, C, H, W)`` in [0, 1] to the network's range."""
         mean, std = self._statistics(x)

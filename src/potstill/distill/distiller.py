@@ -156,13 +156,13 @@ class Classification(nn.Module):
         return {"out": -trace.out.dist.log_prob(labels)}
 
 
-def _tensors(dist: Distribution) -> Iterator[Tensor]:
+def tensors_of(dist: Distribution) -> Iterator[Tensor]:
     """What a distribution is made of, also within one that wraps another, such as Independent."""
     for value in vars(dist).values():
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, Distribution):
-            yield from _tensors(value)
+            yield from tensors_of(value)
 
 
 def reached(model: Model, program: str) -> set[str]:
@@ -178,7 +178,7 @@ def reached(model: Model, program: str) -> set[str]:
         inputs = () if program == "generate" else (model.images.encode(torch.full((2, *model.images.shape), 0.5, device=model.device)),)
         with torch.enable_grad():
             trace = run(model.program(program), *inputs, noise=Noise((0,)), n=2, device=model.device)
-            tensors = [t for node in trace.values() for t in (*_tensors(node.dist), node.value)]
+            tensors = [t for node in trace.values() for t in (*tensors_of(node.dist), node.value)]
             total = sum((t.float().sum() for t in tensors if t.requires_grad), torch.zeros((), device=model.device))
             names, parameters = zip(*model.net.named_parameters(), strict=True)
             gradients = torch.autograd.grad(total, parameters, allow_unused=True) if total.requires_grad else [None] * len(names)
