@@ -12,6 +12,7 @@ from potstill.divergence import hinton, wasserstein2
 from potstill.errors import BadInput
 from potstill.evaluate.cost import parameters
 from potstill.families.classifier import Classifier, ResNet
+from potstill.families.gan import GAN
 from potstill.families.lvae import LVAE
 from potstill.families.vae import VAE
 from potstill.state import digest_of, write_tensors
@@ -19,6 +20,8 @@ from potstill.state import digest_of, write_tensors
 NETS = [
     config.LVAENet(kind="lvae", image=(1, 8, 8), width=4, levels=2, latent=2),
     config.VAENet(kind="vae", image=(1, 8, 8), width=4, latent=2),
+    config.GANNet(kind="gan", image=(1, 8, 8), width=4, latent=2, classes=3, encoder=True),
+    config.GANNet(kind="gan", image=(3, 7, 5), width=4, latent=2, arch="mlp"),
     config.ClassifierNet(kind="classifier", image=(1, 8, 8), classes=3, width=4),
     config.ResNetNet(kind="resnet", image=(1, 8, 8), classes=3, depth=8, width=4, mean=(0.25,), std=(0.5,)),
 ]
@@ -73,8 +76,15 @@ def test_every_model_of_the_zoo_loads(name):
 
 @pytest.mark.parametrize(
     "net",
-    [LVAE((1, 8, 8), 32, 3, 4), VAE((1, 8, 8), 24, 4), Classifier((1, 8, 8), 10, 16), ResNet((1, 8, 8), 10, 8, 16)],
-    ids=["lvae", "vae", "classifier", "resnet"],
+    [
+        LVAE((1, 8, 8), 32, 3, 4),
+        VAE((1, 8, 8), 24, 4),
+        GAN((1, 8, 8), 16, 4),
+        GAN((1, 8, 8), 24, 4, 10, "mlp"),
+        Classifier((1, 8, 8), 10, 16),
+        ResNet((1, 8, 8), 10, 8, 16),
+    ],
+    ids=["lvae", "vae", "gan", "gan mlp", "classifier", "resnet"],
 )
 @pytest.mark.parametrize("ratio", [1.5, 4, 12, 1e6])
 def test_the_width_for_a_ratio_is_the_nearest(net, ratio):
@@ -106,6 +116,21 @@ def test_weights_that_are_missing_or_unknown_are_named_with_their_shapes(tmp_pat
     assert lacks.count(", d1.") == 4
     assert unknown.startswith("model.d1.net.0.bn1.bias (4,), ")
     assert "u2" not in unknown
+
+
+def test_the_student_of_a_gan_gets_an_encoder_where_it_is_asked_for():
+    plain, full = GAN((1, 8, 8), 16, 4), GAN((1, 8, 8), 16, 4, encoder=True)
+    without, given = (build.student(config.Student(width=4, encoder=encoder), plain.model(), 0, ()) for encoder in (False, True))
+    assert without.infer is None
+    assert given.infer is not None
+    assert build.student(config.Student(width=4), full.model(), 0, ()).infer is not None
+    # A ratio counts all that the student is.
+    for encoder in (False, True):
+        student = build.student(config.Student(ratio=6, encoder=encoder), plain.model(), 0, ())
+        sizes = [parameters(plain.shrunk(student.net.width + step, encoder)) for step in (-1, 0, 1)]
+        assert min(sizes, key=lambda size: abs(size - parameters(plain) / 6)) == parameters(student.net) == sizes[1]
+    with pytest.raises(BadInput, match=r"student\.encoder: is for the student of a GAN; that of a LVAE"):
+        build.student(config.Student(width=2, encoder=True), small().model(), 0, ())
 
 
 def test_rules_become_functions():

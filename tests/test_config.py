@@ -211,7 +211,7 @@ def test_an_unknown_key_is_named_and_the_nearest_suggested(tmp_path, text, expec
         ("arms: []", "arms: a list should have at least 1 item"),
         ("arms: [data_free, data_free]", "arms: two are the same: student_data_free, student_data_free"),
         ("arms: [{kind: data_free, name: teacher}]", "arms.0: an arm cannot be named teacher"),
-        ("arms: [{kind: scratch, replay: z}]", "arms.0: replay and share are of distilled arms"),
+        ("arms: [{kind: scratch, replay: z}]", "arms.0: replay, share and adversarial are of distilled arms"),
         ("arms: [{kind: data_free, name: a/b}]", "arms.0.name: string should match pattern"),
         ("seed: 1.5", "seed: input should be a valid integer"),
         ("seed: .nan", "seed: input should be a finite number"),
@@ -249,7 +249,7 @@ NETWORK = "train: {model: {kind: vae, image: [1, 8, 8]}}"
             "arms: [{kind: data_free, infer: false}, {kind: data_free, name: mine, share: z}]",
             [
                 "arm student_data_free: without generate and infer it has no phase",
-                "arm mine: replay, share and start are of the phase generate, which is null",
+                "arm mine: replay, share, start and adversarial are of the phase generate, which is null",
             ],
         ),
         ("surrogate: {}", ["surrogate: needs a teacher"]),

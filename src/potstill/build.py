@@ -18,12 +18,14 @@ from torch.distributions import Categorical
 
 from . import config, data
 from . import energy as energies
+from .distill.adversary import Adversary
 from .divergence import Divergence, Match, hinton, kl, mse, reverse_kl, wasserstein2
 from .energy.view import Energy
 from .errors import BadInput, Failed
 from .evaluate.cost import parameters
 from .families.classifier import Classifier, ResNet
 from .families.diffusion import TextToImage
+from .families.gan import GAN, Discriminator
 from .families.lvae import LVAE
 from .families.vae import VAE
 from .model import Model
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(__file__).parent
 ZOO = PACKAGE / "zoo"
-Network = LVAE | VAE | Classifier | ResNet
+Network = LVAE | VAE | GAN | Classifier | ResNet
 _NET: TypeAdapter[config.Net] = TypeAdapter(config.Net)
 
 
@@ -98,6 +100,8 @@ def network(net: config.Net) -> Network:
                 return LVAE(net.image, net.width, net.levels, net.latent, net.std)
             case config.VAENet():
                 return VAE(net.image, net.width, net.latent, net.std)
+            case config.GANNet():
+                return GAN(net.image, net.width, net.latent, net.classes, net.arch, net.encoder)
             case config.ClassifierNet():
                 return Classifier(net.image, net.classes, net.width)
             case config.ResNetNet():
@@ -323,19 +327,23 @@ def _check_output(teacher: Model, program: str) -> None:
         raise BadInput(f"teacher: it {program}s NaN or infinite {'logits' if labels else 'pixels'}; look at its weights")
 
 
-def width_for(net: Network, ratio: float) -> int:
-    """The width at which a network of the same kind has about ``ratio`` times fewer parameters."""
+def width_for(net: Network, ratio: float, encoder: bool = False) -> int:
+    """The width at which a network of the same kind, a GAN with an encoder if asked, has about ``ratio`` times fewer parameters."""
     goal = parameters(net) / ratio
 
     def count(width: int) -> int:
         with torch.device("meta"):
-            return parameters(net.shrunk(width))
+            return parameters(_shrunk(net, width, encoder))
 
     low, high = 1, net.width
     while high - low > 1:  # parameters rise with the width
         middle = (low + high) // 2
         low, high = (middle, high) if count(middle) <= goal else (low, middle)
     return min((low, high), key=lambda w: abs(count(w) - goal))
+
+
+def _shrunk(net: Network, width: int, encoder: bool) -> Network:
+    return net.shrunk(width, encoder or None) if isinstance(net, GAN) else net.shrunk(width)
 
 
 def student(section: config.Student, of: Model, seed: int, allowed: Sequence[str]) -> Model:
@@ -353,13 +361,30 @@ def student(section: config.Student, of: Model, seed: int, allowed: Sequence[str
             raise BadInput(
                 f"student: width and ratio are for potstill's own families; the teacher is a {type(net).__name__}. Give a target"
             )
-        width = section.width if section.width is not None else width_for(net, section.ratio or 1)
+        if section.encoder and not isinstance(net, GAN):
+            raise BadInput(f"student.encoder: is for the student of a GAN; that of a {type(net).__name__} has the programs of its teacher")
+        width = section.width if section.width is not None else width_for(net, section.ratio or 1, section.encoder)
         if width > net.width:
             raise BadInput(f"student: width {width} is wider than the teacher's {net.width}")
-        model = born(seed, "student", lambda: net.shrunk(width)).model()
+        model = born(seed, "student", lambda: _shrunk(net, width, section.encoder)).model()
     if tuple(model.images.shape) != tuple(of.images.shape):
         raise BadInput(f"student: makes images of {tuple(model.images.shape)}, the teacher of {tuple(of.images.shape)}")
     return model
+
+
+def adversary(section: config.Adversary, model: Model, seed: int) -> Adversary:
+    """A fresh discriminator of a model's images, with the weights of its losses.
+
+    Raises:
+        BadInput: it cannot be made.
+    """
+    classes = model.net.classes if isinstance(model.net, GAN) else 0
+    weights = (section.weight, section.features) if isinstance(section, config.Adversarial) else (1.0, 0.0)
+    try:
+        net = born(seed, "discriminator", lambda: Discriminator(model.images.shape, section.width, classes, section.arch))
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        raise BadInput(f"a discriminator of these numbers cannot be made: {(str(error).splitlines() or [''])[0]}") from None
+    return Adversary(net, *weights, section.r1).to(model.device)
 
 
 def dataset(section: config.Data | None, shape: tuple[int, int, int], who: str) -> data.Dataset | None:

@@ -161,6 +161,20 @@ class VAENet(Section):
     std: Positive = 0.1
 
 
+class GANNet(Section):
+    """Generator of a GAN, with labels where there are classes, and an encoder where it is asked for."""
+
+    kind: Literal["gan"]
+    image: ImageShape
+    width: Count = 64
+    latent: Count = 64
+    classes: Annotated[int, Field(ge=0, le=2**20), _NUMERIC] = Field(
+        default=0, description="labels that the generator is shown; 0 for none"
+    )
+    arch: Literal["conv", "mlp"] = "conv"
+    encoder: bool = Field(default=False, description="whether it infers what an image was generated from")
+
+
 class ClassifierNet(Section):
     """Small residual classifier; its last hidden layer serves as features."""
 
@@ -193,7 +207,7 @@ class TextToImageNet(Section):
     text: Annotated[int, Field(ge=8, multiple_of=8, le=2**14), _NUMERIC] = Field(default=64, description="width of the text encoder")
 
 
-Net = Annotated[LVAENet | VAENet | ClassifierNet | ResNetNet | TextToImageNet, Field(discriminator="kind")]
+Net = Annotated[LVAENet | VAENet | GANNet | ClassifierNet | ResNetNet | TextToImageNet, Field(discriminator="kind")]
 CLASSIFIERS = (ClassifierNet, ResNetNet)
 
 
@@ -238,6 +252,7 @@ class Student(Section):
     )
     target: Target | None = Field(default=None, description="module:name of a function that returns a Model")
     arguments: Arguments = {}
+    encoder: bool = Field(default=False, description="give the student of a GAN without an encoder one, which the phase infer trains")
 
     @model_validator(mode="after")
     def _one(self) -> Student:
@@ -246,6 +261,8 @@ class Student(Section):
             raise ValueError(f"give exactly one of width, ratio and target; found {', '.join(given) or 'none'}")
         if self.arguments and self.target is None:
             raise ValueError("arguments go with target")
+        if self.encoder and self.target is not None:
+            raise ValueError("encoder goes with width or ratio; a model of one's own has the programs that it has")
         return self
 
 
@@ -269,6 +286,7 @@ class Training(Section):
     warmup: NotNegative = Field(default=50, description="updates over which the learning rate rises from 0")
     decay: Literal["cosine", "constant"] = "cosine"
     weight_decay: NotNegative = 0.0
+    beta1: Fraction = Field(default=0.9, description="memory of Adam's first moment; against an adversary, 0 is steadier")
     beta2: Fraction = Field(
         default=0.95,
         description="memory of Adam's second moment; 0.999 remembers the first updates' huge gradients for too long in a short training",
@@ -280,6 +298,27 @@ class Training(Section):
     augment: Augment | None = Field(default=None, description="of real or surrogate images; noise is not augmented")
 
 
+class Adversary(Section):
+    """The network that a generator is trained against; it is no part of what is saved in the end."""
+
+    width: Count = 32
+    arch: Literal["conv", "mlp"] = "conv"
+    r1: NotNegative = Field(default=1.0, description="weight of half the squared norm of its gradient at real images")
+
+
+class Adversarial(Adversary):
+    """A discriminator that tells the student's images from the teacher's."""
+
+    weight: NotNegative = Field(default=1.0, description="of the student's loss against it")
+    features: NotNegative = Field(default=0.0, description="weight of the distance of paired images in its hidden layers")
+
+    @model_validator(mode="after")
+    def _used(self) -> Adversarial:
+        if not (self.weight or self.features):
+            raise ValueError("weight and features are both 0, so the student learns nothing from it; leave the section out")
+        return self
+
+
 class Train(Training):
     """A teacher or a feature network from real data: the data owner's side."""
 
@@ -288,6 +327,7 @@ class Train(Training):
     beta_warmup: NotNegative = Field(default=200, description="updates over which beta rises from 0")
     autoencoder: Training = Field(default=Training(), description="first phase of a text_to_image model; the rest is of its denoiser")
     dropout: Fraction = Field(default=0.1, description="share of captions left out, for classifier-free guidance of a text_to_image model")
+    discriminator: Adversary = Field(default=Adversary(), description="of a gan")
 
 
 class Rule(Section):
@@ -464,25 +504,43 @@ class Generator(Training):
         description="what a data-free arm's batches begin with: noise that never runs out, or the noise that the teacher infers behind "
         "images: surrogate for those of the arm's own, or the name of one of surrogates",
     )
+    adversarial: Adversarial | None = Field(default=None, description="a discriminator of teacher and student beside the rules")
 
 
 class Encoder(Training):
     """Second phase: the student's encoder on images, its generator frozen. Without a first phase, all that inference uses."""
 
     rules: tuple[Rule, ...] | None = Field(
-        default=None, description="by default none where there is an ELBO, and for a classifier hinton at temperature 4"
+        default=None,
+        description="by default none where there is an ELBO, for a classifier hinton at temperature 4, and with start: noise kl",
+    )
+    start: Literal["surrogate", "noise"] = Field(
+        default="surrogate",
+        description="what a data-free arm's batches are: surrogate images, or new ones from the teacher, whose noise is known and is "
+        "compared with what the student infers",
     )
     replay: Pattern = ""
     elbo: NotNegative | None = Field(
-        default=None, description="weight of the student's own negative ELBO of the images; by default 1, and 0 for a classifier"
+        default=None,
+        description="weight of the student's own negative ELBO of the images; by default 1, and 0 for a classifier or with start: noise",
     )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Encoder:
+        if self.elbo and self.start == "noise":
+            raise ValueError("elbo goes with start: surrogate; with start: noise, weigh the student's output by a rule")
+        return self
 
 
 class Scratch(Training):
-    """The one phase of a student without a teacher: the ELBO on real images, or for a classifier the cross-entropy of their labels."""
+    """The one phase of a student without a teacher, on real images.
+
+    It is the ELBO, for a classifier the cross-entropy of the labels, and for a GAN the losses of generator and discriminator.
+    """
 
     beta: NotNegative = Field(default=1.0, description="weight of the latents' KL")
     beta_warmup: NotNegative = Field(default=200, description="updates over which beta rises from 0")
+    discriminator: Adversary = Field(default=Adversary(), description="of a gan")
 
 
 class Distill(Section):
@@ -519,6 +577,7 @@ class Arm(Section):
     replay: Pattern | None = None
     share: Pattern | None = None
     start: Name | None = Field(default=None, description="of the phase generate, where this arm's differs")
+    adversarial: Adversarial | None = Field(default=None, description="of the phase generate, where this arm's differs")
     surrogate: Annotated[tuple[Name, ...], Field(min_length=1), BeforeValidator(_listed)] | None = Field(
         default=None, description="one of the recipe's surrogates by name, or several put together; by default the section surrogate"
     )
@@ -536,8 +595,8 @@ class Arm(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Arm:
-        if self.kind == "scratch" and (self.replay is not None or self.share is not None):
-            raise ValueError("replay and share are of distilled arms; a scratch arm has no teacher")
+        if self.kind == "scratch" and (self.replay is not None or self.share is not None or self.adversarial is not None):
+            raise ValueError("replay, share and adversarial are of distilled arms; a scratch arm has no teacher")
         if self.kind != "data_free" and (self.start is not None or self.surrogate is not None):
             raise ValueError("start and surrogate are of data_free arms; the others have real images")
         if self.title == "teacher":
@@ -609,7 +668,7 @@ class Recipe(Section):
         if phase == "generate":
             start = (arm.start or distill.generate.start) if distill.generate else "noise"
             return {"noise": (), "surrogate": own}.get(start, (f"surrogates/{start}",))
-        return own if distill.infer is not None and arm.infer else ()
+        return own if distill.infer is not None and arm.infer and distill.infer.start == "surrogate" else ()
 
     def every_image_of(self, arm: Arm) -> tuple[str, ...]:
         """Folders of all surrogates that an arm trains on."""
@@ -658,8 +717,8 @@ class Recipe(Section):
             for arm in self.arms:
                 if arm.kind != "scratch" and not (self.distill.infer and arm.infer):
                     problems.append(f"arm {arm.title}: without generate and infer it has no phase")
-                if any(v is not None for v in (arm.replay, arm.share, arm.start)):
-                    problems.append(f"arm {arm.title}: replay, share and start are of the phase generate, which is null")
+                if any(v is not None for v in (arm.replay, arm.share, arm.start, arm.adversarial)):
+                    problems.append(f"arm {arm.title}: replay, share, start and adversarial are of the phase generate, which is null")
         compares = [f for f, section in self.synthesized.items() if any(term.kind == "disagreement" for term in section.energy)]
         if compares and (self.distill is None or self.distill.rounds < 2):
             problems.append(f"{compares[0]}: energy disagreement compares with the student of the round before; set distill.rounds above 1")
@@ -823,7 +882,7 @@ def _dotted(location: Sequence[int | str]) -> str:
     """The path as the user wrote it: without the names that pydantic gives to the members of a union."""
     unions, tags = (
         {"data", "teacher", "net", "model", "surrogate"},
-        {"digits", "folder", "parquet", "npz", "lvae", "vae", "classifier", "resnet", "glyphs", "text_to_image"},
+        {"digits", "folder", "parquet", "npz", "lvae", "vae", "gan", "classifier", "resnet", "glyphs", "text_to_image"},
     )
     tags |= {"pretrained", "trained", "weights", "python", "ancestral", "uniform", "inversion", "latent", "guided"}
     parts = []

@@ -30,6 +30,13 @@ def _kl_point_point(p: Point, q: Point) -> Tensor:
     return 0.5 * (p.value - q.value) ** 2
 
 
+@register_kl(Point, Normal)
+@register_kl(Point, Categorical)
+def _kl_point(p: Point, q: Distribution) -> Tensor:
+    # The negative log-likelihood of a known value: the KL but for the point's own entropy, which does not depend on q.
+    return -q.log_prob(p.value)
+
+
 def _kl_bernoulli(p: Bernoulli, q: Bernoulli) -> Tensor:
     # Closed form from logits: torch's own goes through probabilities and masks, four times slower.
     a, b = p.logits, q.logits

@@ -19,14 +19,16 @@ from torch import Tensor
 
 from . import build, config
 from .data import Dataset, Split
+from .distill.adversary import AdversarialTraining, Adversary
 from .distill.augment import augmented
-from .distill.distiller import Classification, Distiller, Elbo, reached, train_only
+from .distill.distiller import Classification, Distiller, Elbo, Encoding, reached, train_only
 from .distill.loop import Batch, Log, Phase, fit
 from .divergence import total
 from .errors import BadInput, BrokenFile, Locked
 from .evaluate.cost import parameters
 from .families.classifier import classes_of
 from .families.diffusion import Autoencoding, Denoising, TextToImage
+from .families.gan import GAN
 from .model import Model
 from .noise import Noise
 from .state import States, digest_of, fingerprint, lock, os_error, publish, read_json, save_tensors, sha256, write_json
@@ -239,19 +241,51 @@ def _inference(distill: config.Distill, classifier: bool) -> tuple[tuple[config.
     if classifier and section.elbo:
         raise BadInput("distill.infer.elbo: a classifier has no ELBO; leave it out")
     usual = config.Rule(nodes="out", by="hinton", temperature=4.0) if classifier else config.Rule(weight=0.0)
+    if section.start == "noise":
+        return (config.Rule(),) if section.rules is None else section.rules, 0.0
     elbo = section.elbo if section.elbo is not None else float(not classifier)
     return (usual,) if section.rules is None else section.rules, elbo
 
 
-def _objective(distill: config.Distill, arm: config.Arm, name: str, teacher: Model, student: Model) -> Distiller:
+def trained_adversarially(model: Model) -> bool:
+    """Whether a model's own training is against a discriminator: a GAN, and a generator of one's own that has no other program."""
+    return isinstance(model.net, GAN) or (model.infer is None and model.link is None)
+
+
+def labels_shown(model: Model) -> int:
+    """How many labels a model's generator is shown."""
+    return model.net.classes if isinstance(model.net, GAN) else 0
+
+
+def adversary_of(recipe: config.Recipe, arm: config.Arm, student: Model, seed: int) -> Adversary | None:
+    """What a student of an arm is trained against, fresh; ``None`` where the arm has none."""
+    distill = recipe.distill or config.Distill()
+    if arm.kind == "scratch":
+        return build.adversary(distill.scratch.discriminator, student, seed) if trained_adversarially(student) else None
+    section = arm.adversarial or (distill.generate and distill.generate.adversarial)
+    return build.adversary(section, student, seed) if section else None
+
+
+def _with(model: Model, adversary: Adversary | None) -> torch.nn.Module:
+    """All that learns, and so all that is kept in a training's state. The adversary's part goes no further."""
+    return model.net if adversary is None else torch.nn.ModuleDict({"net": model.net, "adversary": adversary})
+
+
+def _objective(
+    distill: config.Distill, arm: config.Arm, name: str, teacher: Model, student: Model, adversary: Adversary | None
+) -> Distiller | Encoding:
     """What the phase of that name trains."""
     if name == "generate":
         generate = distill.generate or config.Generator()
         replay = arm.replay if arm.replay is not None else generate.replay
         share = arm.share if arm.share is not None else generate.share
-        return Distiller(teacher, student, build.rules(generate.rules), "generate", replay, share)
+        return Distiller(teacher, student, build.rules(generate.rules), "generate", replay, share, adversary=adversary)
     infer = distill.infer or config.Encoder()
+    if student.infer is None and isinstance(student.net, GAN):
+        raise BadInput(f"arm {arm.title}, infer: the student has no encoder; set student.encoder: true, or infer: null")
     rules, elbo = _inference(distill, classes_of(teacher) is not None)
+    if infer.start == "noise" and arm.kind == "data_free":
+        return Encoding(teacher, student, build.rules(rules))
     return Distiller(teacher, student, build.rules(rules), "infer", infer.replay, elbo=elbo)
 
 
@@ -300,20 +334,28 @@ def rehearse(shop: Workshop, teacher: Model) -> None:
     if classes is not None:
         _check_labels(student, classes)
 
-    def scratch() -> dict[str, Tensor]:
-        if classes is None:
-            return Elbo(student)(noise, gray)
-        return Classification(student)(noise, gray, torch.zeros(2, dtype=torch.int64, device=shop.device))
+    labels = torch.zeros(2, dtype=torch.int64, device=shop.device)
+
+    def scratch(adversary: Adversary | None) -> dict[str, Tensor]:
+        if adversary is not None:
+            return AdversarialTraining(student, adversary)(noise, gray, labels)
+        return Elbo(student)(noise, gray) if classes is None else Classification(student)(noise, gray, labels)
 
     for arm in shop.recipe.arms:
+        adversary = adversary_of(shop.recipe, arm, student, 0)
         for name in updates(shop.recipe, arm):
             try:
                 if name == "scratch":
-                    losses, learns = scratch(), {n for n, _ in student.net.named_parameters()}
+                    losses, learns = scratch(adversary), {n for n, _ in student.net.named_parameters()}
                 else:
                     plain = _plain_name(name)
                     images = gray if arm.kind != "data_free" or shop.recipe.images_of(arm, plain) else None
-                    losses = _objective(distill, arm, plain, teacher, student)(noise, images, 2)
+                    if plain == "generate" and images is not None and teacher.infer is None:
+                        raise BadInput(
+                            f"arm {arm.title}, generate: begins with images, but the teacher, a {type(teacher.net).__name__}, does not "
+                            "infer the noise behind them; use data_free arms that start from noise"
+                        )
+                    losses = _objective(distill, arm, plain, teacher, student, adversary)(noise, images, 2)
                     learns = _learns(distill, student, plain)
                 shape = tuple(total(losses).shape) if losses else None
             except BadInput:
@@ -328,8 +370,18 @@ def rehearse(shop: Workshop, teacher: Model) -> None:
                 raise BadInput(f"arm {arm.title}, {name}: the student's {name} program has no parameters{own} to train")
 
 
+def _own(adversary: Adversary | None) -> list[torch.nn.Parameter]:
+    return [] if adversary is None else list(adversary.parameters())
+
+
 def _distilled(
-    shop: Workshop, job: Job, identity: str, student: Model, distill: config.Distill, keep_going: Callable[[], bool]
+    shop: Workshop,
+    job: Job,
+    identity: str,
+    student: Model,
+    adversary: Adversary | None,
+    distill: config.Distill,
+    keep_going: Callable[[], bool],
 ) -> Callable[[str], Phase]:
     arm, teacher = job.arm, shop.teacher
     sections: dict[str, config.Training | None] = {"generate": distill.generate, "infer": distill.infer}
@@ -349,8 +401,9 @@ def _distilled(
             losses: dict[str, Tensor] = module(batch.noise, load(batch) if load else None, batch.n)
             return losses
 
-        objective = _objective(distill, arm, plain, teacher, student)
+        objective = _objective(distill, arm, plain, teacher, student, adversary)
         learns = train_only(student.net, _learns(distill, student, plain))
+        learns += _own(adversary) if plain == "generate" else []
         return Phase(name, objective, loss, learns, section, 0 if pool is None else len(pool))
 
     return phase
@@ -387,7 +440,12 @@ def _adversarial(
 
 
 def _from_scratch(
-    shop: Workshop, model: Model, training: config.Scratch | config.Train, name: str, classifier: bool
+    shop: Workshop,
+    model: Model,
+    adversary: Adversary | None,
+    training: config.Scratch | config.Train,
+    name: str,
+    classifier: bool,
 ) -> Callable[[str], Phase]:
     train = shop.real.train
     load = _loader(train.images, shop.device, training.augment)
@@ -396,16 +454,18 @@ def _from_scratch(
         losses: dict[str, Tensor] = module(batch.noise, load(batch), _beta(training, batch.step))
         return losses
 
-    def classify(module: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
-        if train.labels is None or batch.index is None:
-            raise BadInput("data: has no labels, which a classifier needs")
-        losses: dict[str, Tensor] = module(batch.noise, load(batch), torch.from_numpy(train.labels)[batch.index].to(shop.device))
+    def with_labels(module: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
+        labels = None if train.labels is None else torch.from_numpy(train.labels)[batch.index].to(shop.device)
+        losses: dict[str, Tensor] = module(batch.noise, load(batch), labels)
         return losses
 
     def phase(_: str) -> Phase:
         parameters = train_only(model.net, {n for n, _ in model.net.named_parameters()})
         if classifier:
-            return Phase(name, Classification(model), classify, parameters, training, len(train.images))
+            return Phase(name, Classification(model), with_labels, parameters, training, len(train.images))
+        if adversary is not None:
+            objective = AdversarialTraining(model, adversary)
+            return Phase(name, objective, with_labels, parameters + _own(adversary), training, len(train.images))
         return Phase(name, Elbo(model, training.beta), elbo, parameters, training, len(train.images))
 
     return phase
@@ -424,16 +484,17 @@ def make_student(
     recipe = shop.recipe
     distill = recipe.distill or config.Distill()
     student = shop.student(job.seed)
+    adversary = adversary_of(recipe, job.arm, student, job.seed)
     if job.arm.kind == "scratch":
         section = distill.scratch.model_copy(update={"steps": job.arm.steps or distill.scratch.steps})
-        phases = _from_scratch(shop, student, section, "scratch", shop.classes is not None)
+        phases = _from_scratch(shop, student, adversary, section, "scratch", shop.classes is not None)
     else:
-        phases = _distilled(shop, job, identity, student, distill, keep_going)
+        phases = _distilled(shop, job, identity, student, adversary, distill, keep_going)
     states = States(states_of(shop.folder) / job.name)
     folder = student_folder(shop.folder, job)
     counts = updates(recipe, job.arm)
     fit(
-        student.net,
+        _with(student, adversary),
         phases,
         list(counts),
         Noise((recipe.seed, job.seed)),
@@ -495,10 +556,11 @@ def make_teacher(
         raise BadInput("the recipe has no train section")
     model: Model = build.born(recipe.seed, "teacher", lambda: build.network(section.model)).model()
     model.net.to(shop.device)
+    adversary = build.adversary(section.discriminator, model, recipe.seed) if trained_adversarially(model) else None
     states = States(shop.folder / "state" / "train")
     fit(
-        model.net,
-        _from_scratch(shop, model, section, "train", isinstance(section.model, config.CLASSIFIERS)),
+        _with(model, adversary),
+        _from_scratch(shop, model, adversary, section, "train", isinstance(section.model, config.CLASSIFIERS)),
         ["train"],
         Noise((recipe.seed, "train")),
         engine=engine,

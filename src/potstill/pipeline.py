@@ -30,6 +30,7 @@ from .energy.view import Look
 from .errors import BadInput, BrokenFile, Failed, Refused
 from .evaluate.arms import accuracy, cost, energies, over_seeds, quality, reconstructions, samples
 from .evaluate.cost import file_mib, parameters
+from .evaluate.features import pixels
 from .evaluate.frechet import frechet
 from .families.classifier import classes_of
 from .jobs import (
@@ -39,6 +40,7 @@ from .jobs import (
     check_augment,
     is_done,
     jobs,
+    labels_shown,
     make_prior,
     make_students,
     make_teacher,
@@ -47,6 +49,7 @@ from .jobs import (
     states_of,
     student_card,
     student_folder,
+    trained_adversarially,
     updates,
 )
 from .model import Model
@@ -116,7 +119,7 @@ class Run:
             if "synthesize" in stages:
                 self._check_synthesize(teacher)
             if {"distill", "evaluate"} & set(stages):
-                self._check_data(classes)
+                self._check_data(classes, labels_shown(teacher))
             if "distill" in stages:
                 if "synthesize" not in stages and not all((self.folder / f / "manifest.json").exists() for f in self._images_needed):
                     raise BadInput("distill: no surrogate yet; run the synthesize stage first")
@@ -220,6 +223,8 @@ class Run:
         images = self.shop.real.train
         if isinstance(section.model, config.CLASSIFIERS):
             _check_labels(images, section.model.classes, "train.model.classes is")
+        if isinstance(section.model, config.GANNet) and section.model.classes:
+            _check_labels(images, section.model.classes, "train.model.classes is")
         check_augment(section.augment, images.images.shape, "train")
         if isinstance(section.model, config.TextToImageNet):
             captions_of(images)
@@ -229,10 +234,10 @@ class Run:
         if len(images.images) < 2:
             raise BadInput("data: one training image; BatchNorm needs two")
 
-    def _check_data(self, classes: int | None) -> None:
-        data = self.shop.data
-        if data is not None and classes is not None and any(arm.kind == "scratch" for arm in self.recipe.arms):
-            _check_labels(data.train, classes, "the teacher's labels are")
+    def _check_data(self, classes: int | None, shown: int) -> None:
+        data, labels = self.shop.data, classes or shown
+        if data is not None and labels and any(arm.kind == "scratch" for arm in self.recipe.arms):
+            _check_labels(data.train, labels, "the teacher's labels are")
         if data is not None and self._data_needed and len(data.train.images) < 2:
             raise BadInput("data: one training image; BatchNorm needs two")
 
@@ -264,6 +269,9 @@ class Run:
             images = torch.from_numpy(test.images).float() / 255
             if model.generate is None and test.labels is not None:
                 figures = {"accuracy": accuracy(model, images, test.labels, 256)}
+            elif model.infer is None:
+                generated = samples(model, len(images), Noise((self.recipe.seed, "held out")), 256)
+                figures = {"frechet_of_pixels": frechet(pixels()(images), pixels()(generated))}
             else:
                 _, figures = reconstructions(model, images, Noise((self.recipe.seed, "reconstruct")), 256)
             write_json(self.folder / "train" / "held_out.json", figures)
@@ -662,7 +670,8 @@ class Run:
         return "frechet" if generates and distill and distill.generate else "reconstruction_mse"
 
     def _about(self, arm: config.Arm) -> dict[str, Any]:
-        loss = "the ELBO on" if self.shop.classes is None else "cross-entropy of the labels of"
+        own = "a discriminator's losses on" if trained_adversarially(self.shop.teacher) else "the ELBO on"
+        loss = own if self.shop.classes is None else "cross-entropy of the labels of"
         note = {
             "data_free": self._data_free_note(arm),
             "with_data": "the same losses on real images",

@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..divergence import Match, compare, negative_elbo
 from ..model import Model
 from ..noise import DrawnOnce, Noise, NoiseSource
-from ..trace import Trace, noise_of, run
+from ..trace import Point, Sampler, Trace, noise_of, run
+from .adversary import Adversary
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,10 @@ class Distiller(nn.Module):
             run free on the teacher's noise.
         share: pattern of node names at which the student gets the teacher's noise; elsewhere it draws its own.
         elbo: weight of the student's negative ELBO of the images, with program "infer".
+        adversary: tells the student's images from the teacher's, with program "generate"; it is trained on the teacher's alone.
 
     Raises:
-        ValueError: ``elbo`` with another program.
+        ValueError: ``elbo`` or ``adversary`` with another program.
     """
 
     def __init__(
@@ -66,11 +68,14 @@ class Distiller(nn.Module):
         replay: str = "",
         share: str = "*",
         elbo: float = 0.0,
+        adversary: Adversary | None = None,
     ):
         super().__init__()
         if elbo and program != "infer":
             raise ValueError(f"elbo goes with program 'infer', not {program!r}: it needs images and what is inferred from them")
-        self.net = student.net
+        if adversary is not None and program != "generate":
+            raise ValueError(f"an adversary goes with program 'generate', not {program!r}: it compares images")
+        self.net, self.adversary = student.net, adversary
         self._teacher = (teacher,)
         self._student, self.rules, self.program, self.replay, self.share, self.elbo = student, tuple(rules), program, replay, share, elbo
 
@@ -93,7 +98,8 @@ class Distiller(nn.Module):
         shared = drawn
         target: Trace | None = None
         replayed: dict[str, Tensor] = {}
-        if any(rule.weight for rule in self.rules):
+        compared = any(rule.weight for rule in self.rules)
+        if compared or self.adversary is not None:
             with torch.no_grad():
                 given = {} if images is None or reads else self._latents(images, noise)
                 target = run(teacher.program(self.program), *inputs(teacher), noise=drawn, n=batch, given=given, device=teacher.device)
@@ -103,7 +109,9 @@ class Distiller(nn.Module):
         if self.share != "*":
             shared = PartlyShared(shared, noise.fold("the student's own"), self.share)
         found = run(student.program(self.program), *inputs(student), noise=shared, n=batch, given=replayed, device=teacher.device)
-        losses = compare(target, found, self.rules) if target is not None else {}
+        losses = compare(target, found, self.rules) if target is not None and compared else {}
+        if self.adversary is not None and target is not None:
+            losses |= self.adversary.of_traces(target, found, (teacher, student))
         if self.elbo:
             parts = negative_elbo(found, *inputs(student))
             losses |= {f"elbo.{name}": self.elbo * part for name, part in parts.items()}
@@ -114,6 +122,48 @@ class Distiller(nn.Module):
         (teacher,) = self._teacher
         trace = run(teacher.program("infer"), teacher.images.encode(images), noise=noise)
         return {name: node.value for name, node in trace.latents().items()}
+
+
+class Encoding(nn.Module):
+    """A student's inference of the images that a teacher generates, whose noise is known: the sleep phase of Hinton et al.
+    ("The wake-sleep algorithm for unsupervised neural networks", Science 1995), with the teacher asleep.
+
+    The rules compare, node by node, the values that the teacher generated with the conditionals that the student infers from
+    the image. So ``kl`` at a latent is the negative log-likelihood of what it was, and at ``out`` half the squared error of the
+    reconstruction.
+
+    Args:
+        teacher: frozen by the caller; no submodule.
+        student: a model that infers.
+        rules: which nodes to compare, and how.
+    """
+
+    def __init__(self, teacher: Model, student: Model, rules: Sequence[Match] = (Match(),)):
+        super().__init__()
+        self.net = student.net
+        self._teacher, self._student, self.rules = (teacher,), student, tuple(rules)
+
+    def forward(self, noise: Noise, images: Tensor | None = None, n: int | None = None) -> dict[str, Tensor]:
+        """Weighted losses by node, each ``(batch,)``.
+
+        Args:
+            noise: of the images, and folded, of what the student infers.
+            images: for the signature of a Distiller; there are none.
+            n: batch size.
+        """
+        (teacher,), student = self._teacher, self._student
+        with torch.no_grad():
+            generated = run(teacher.program("generate"), noise=noise, n=n, device=teacher.device)
+            x = student.images.encode(teacher.images.decode(generated.output))
+
+        def known(sample: Sampler) -> Tensor:
+            for name, node in generated.latents().items():
+                sample(name, Point(node.value))
+            return x
+
+        # On the teacher's own noise the student could pass the latents through without a look at the image.
+        found = run(student.program("infer"), x, noise=noise.fold("the student's own"))
+        return compare(run(known, noise=noise, n=n, device=teacher.device), found, self.rules)
 
 
 class Elbo(nn.Module):

@@ -202,7 +202,9 @@ def _fit_phase(
     position: int,
 ) -> None:
     training = phase.training
-    optimizer = torch.optim.AdamW(phase.parameters, training.lr, (0.9, training.beta2), weight_decay=training.weight_decay, foreach=True)
+    optimizer = torch.optim.AdamW(
+        phase.parameters, training.lr, (training.beta1, training.beta2), weight_decay=training.weight_decay, foreach=True
+    )
     average = Average(net, training.ema) if training.ema else None
     start = 0
     if saved:
