@@ -26,8 +26,9 @@ from potstill.distill.loop import accelerator
 from potstill.divergence import hinton, total
 from potstill.errors import BadInput
 from potstill.evaluate.arms import accuracy, cost
-from potstill.families.classifier import Classifier, ResNet, classes_of, from_logits
+from potstill.families.classifier import Classifier, ResNet, classes_of
 from potstill.families.lvae import LVAE
+from potstill.families.own import from_logits
 from potstill.families.vae import VAE
 from potstill.model import Images, Model
 from potstill.noise import Noise

@@ -32,6 +32,7 @@ ORDER = [
     "glyphs",
     "data",
     "families",
+    "importers",
     "energy",
     "synthesize",
     "distill",

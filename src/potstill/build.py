@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +28,10 @@ from .families.diffusion import TextToImage
 from .families.gan import GAN, Discriminator
 from .families.lvae import LVAE
 from .families.vae import VAE
+from .importers import kd4dgm, pythae, transformers_classifier
 from .model import Model
 from .noise import Noise
-from .state import digest_of, read_json, read_tensors, sha256
+from .state import check_weights, digest_of, read_json, read_tensors, sha256
 from .synthesize.ancestral import Ancestral, Uniform
 from .synthesize.guided import Guided
 from .synthesize.inversion import Inversion, LatentInversion
@@ -135,31 +136,8 @@ def load_weights(net: nn.Module, path: Path) -> None:
         BadInput: the file is broken, holds NaN, or is of another network.
     """
     tensors = read_tensors(path)
-    _check_weights(tensors, net, path)
+    check_weights(tensors, net, path)
     net.load_state_dict(tensors)
-
-
-def _check_weights(tensors: dict[str, Tensor], net: nn.Module, path: Path) -> None:
-    expected = net.state_dict()
-    # BatchNorm's counter of batches, which older checkpoints lack, has no part in what a network computes.
-    needed = {name for name in expected if not name.endswith("num_batches_tracked")}
-    missing, extra = sorted(needed - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    if missing or extra:
-        parts = [_listed(*part) for part in (("lacks", missing, expected), ("has unknown", extra, tensors)) if part[1]]
-        raise BadInput(f"{path}: not the weights of this {type(net).__name__}: it {' and '.join(parts)}")
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise BadInput(f"{path}: {name} is {tuple(tensor.shape)}, but this {type(net).__name__} has {tuple(expected[name].shape)}")
-        if tensor.is_floating_point() != expected[name].is_floating_point() or tensor.is_complex():
-            raise BadInput(f"{path}: {name} is {tensor.dtype}, but this {type(net).__name__} has {expected[name].dtype}")
-        if tensor.is_floating_point() and not tensor.float().isfinite().all():  # 8-bit floats have no isfinite of their own
-            raise BadInput(f"{path}: {name} holds NaN or infinite values")
-
-
-def _listed(what: str, names: Sequence[str], tensors: Mapping[str, Tensor]) -> str:
-    """The first five of those tensors, with their shapes, and how many more there are."""
-    first = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in names[:5])
-    return f"{what} {first}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
 
 
 def locate(path: str) -> Path:
@@ -210,7 +188,7 @@ def pretrained(path: str) -> Network:
     weights = folder / "model.safetensors"
     tensors = read_tensors(weights)
     with torch.device("meta"):  # so that a description of terabytes is found out by the file, not by the memory
-        _check_weights(tensors, network(section), weights)
+        check_weights(tensors, network(section), weights)
     net = network(section)
     net.load_state_dict(tensors)
     return net.eval()
@@ -305,6 +283,12 @@ def loaded(section: config.Teacher, trained: Path, allowed: Sequence[str]) -> Mo
             net = network(section.net)
             load_weights(net, Path(section.path).expanduser())
             model = net.model()
+        case config.KD4DGM():
+            model = kd4dgm(section.path, section.image, section.std).model()
+        case config.Transformers():
+            model = transformers_classifier(section.path, section.image, section.mean, section.std)
+        case config.Pythae():
+            model = pythae(section.path, std=section.std)
         case config.Python():
             model = _own_model(section.target, allowed, **section.arguments)
     return model.frozen()

@@ -232,6 +232,33 @@ class Weights(Section):
     net: Net
 
 
+class KD4DGM(Section):
+    """An LVAE checkpoint of the published code of Chen et al., CVPR 2023 (``.pth.tar``)."""
+
+    kind: Literal["kd4dgm"]
+    path: Text
+    image: ImageShape | None = Field(default=None, description="by default the largest square that the checkpoint's levels fit")
+    std: Positive = Field(default=0.05**0.5, description="of the output, which the checkpoint does not hold")
+
+
+class Transformers(Section):
+    """An image classifier of transformers: a folder or Hub id."""
+
+    kind: Literal["transformers"]
+    path: Text
+    image: ImageShape | None = Field(default=None, description="by default as its preprocessor crops or resizes to")
+    mean: PerChannel | None = Field(default=None, description="of the pixels in [0, 1]; by default its preprocessor's")
+    std: PerChannel | None = Field(default=None, description="of those pixels, likewise")
+
+
+class Pythae(Section):
+    """A folder of a VAE that pythae wrote, with pythae's own dense encoder and decoder; others go by kind python."""
+
+    kind: Literal["pythae"]
+    path: Text
+    std: Positive = Field(default=1.0, description="of the output; pythae's squared error is that of 1")
+
+
 class Python(Section):
     """``module:name``, a function that returns a :class:`potstill.model.Model`; the module must be allowed with ``--import``."""
 
@@ -240,7 +267,7 @@ class Python(Section):
     arguments: Arguments = {}
 
 
-Teacher = Annotated[Pretrained | Trained | Weights | Python, Field(discriminator="kind")]
+Teacher = Annotated[Pretrained | Trained | Weights | KD4DGM | Transformers | Pythae | Python, Field(discriminator="kind")]
 
 
 class Student(Section):
@@ -884,6 +911,7 @@ def _dotted(location: Sequence[int | str]) -> str:
         {"data", "teacher", "net", "model", "surrogate"},
         {"digits", "folder", "parquet", "npz", "lvae", "vae", "gan", "classifier", "resnet", "glyphs", "text_to_image"},
     )
+    tags |= {"kd4dgm", "transformers", "pythae"}
     tags |= {"pretrained", "trained", "weights", "python", "ancestral", "uniform", "inversion", "latent", "guided"}
     parts = []
     for i, part in enumerate(location):

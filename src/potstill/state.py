@@ -10,11 +10,11 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import BrokenFile, Locked
+from .errors import BadInput, BrokenFile, Locked
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -122,6 +122,34 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if data[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
             raise BrokenFile(f"{path}: a pickled checkpoint, which can run code when it is read; convert it to safetensors") from None
         raise BrokenFile(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def check_weights(tensors: Mapping[str, Tensor], net: nn.Module, path: str | Path) -> None:
+    """See that tensors are the weights of a network, by name, shape and kind, and finite.
+
+    Raises:
+        BadInput: they are not; it names the first five that are missing or unknown, with their shapes.
+    """
+    expected = net.state_dict()
+    # BatchNorm's counter of batches, which older checkpoints lack, has no part in what a network computes.
+    needed = {name for name in expected if not name.endswith("num_batches_tracked")}
+    missing, extra = sorted(needed - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or extra:
+        parts = [_listed(*part) for part in (("lacks", missing, expected), ("has unknown", extra, tensors)) if part[1]]
+        raise BadInput(f"{path}: not the weights of this {type(net).__name__}: it {' and '.join(parts)}")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise BadInput(f"{path}: {name} is {tuple(tensor.shape)}, but this {type(net).__name__} has {tuple(expected[name].shape)}")
+        if tensor.is_floating_point() != expected[name].is_floating_point() or tensor.is_complex():
+            raise BadInput(f"{path}: {name} is {tensor.dtype}, but this {type(net).__name__} has {expected[name].dtype}")
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():  # 8-bit floats have no isfinite of their own
+            raise BadInput(f"{path}: {name} holds NaN or infinite values")
+
+
+def _listed(what: str, names: Sequence[str], tensors: Mapping[str, Tensor]) -> str:
+    """The first five of those tensors, with their shapes, and how many more there are."""
+    first = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in names[:5])
+    return f"{what} {first}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

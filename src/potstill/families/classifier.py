@@ -16,26 +16,6 @@ from ..trace import Sampler, run
 from .blocks import DownBlock
 
 
-def from_logits(net: nn.Module, images: Images) -> Model:
-    """Anybody's classifier as a model: a module from images in its own range to logits.
-
-    Args:
-        net: called with ``(batch, C, H, W)``; returns logits ``(batch, classes)``, or an object that has them as ``logits``,
-            as the models of transformers do.
-        images: shape, mean and std of what it was trained on.
-    """
-
-    def infer(sample: Sampler, x: Tensor) -> Categorical:
-        found = net(x)
-        logits = found if isinstance(found, Tensor) else getattr(found, "logits", None)
-        if not isinstance(logits, Tensor) or logits.ndim != 2:
-            what = f"logits of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(found).__name__}"
-            raise ValueError(f"{type(net).__name__} returns {what}; a tensor (batch, classes), or an object with such logits, is expected")
-        return Categorical(logits=logits, validate_args=False)
-
-    return Model(net, images, infer=infer)
-
-
 @torch.no_grad()
 def classes_of(model: Model) -> int | None:
     """How many labels a model tells apart; ``None`` for one that generates, or infers something else.

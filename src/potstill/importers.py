@@ -1,0 +1,195 @@
+"""Checkpoints of other projects, read without running what is pickled in them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import BadInput, BrokenFile
+from .families.lvae import LVAE
+from .families.own import from_autoencoder, from_logits
+from .model import Images, Model
+from .state import check_weights, read_json, read_tensors
+
+_NESTED = ("state_dict", "model_state_dict", "model")
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a file that ``torch.save`` wrote, or of a safetensors file, by name.
+
+    A state dict is looked for under ``state_dict``, ``model_state_dict`` and ``model`` too, and the prefix ``module.`` of a network
+    that was saved within DataParallel is taken away.
+
+    Raises:
+        BrokenFile: the file is missing or broken, holds more than tensors and plain values, or no state dict.
+    """
+    file = Path(path).expanduser()
+    if file.suffix == ".safetensors":
+        return _plain_names(read_tensors(file))
+    try:
+        found: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise BrokenFile(f"{file}: {'no such file' if isinstance(error, FileNotFoundError) else error.strerror}") from None
+    except Exception as error:  # what is raised differs between versions of torch and kinds of damage
+        if held := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise BrokenFile(
+                f"{file}: holds a {held[1]}, and reading it could run code; save the tensors alone: torch.save(net.state_dict(), path)"
+            ) from None
+        raise BrokenFile(f"{file}: not a file that torch.save wrote, or not whole ({(str(error).splitlines() or [''])[0][:80]})") from None
+    while (
+        isinstance(found, Mapping) and (inner := next((found[k] for k in _NESTED if isinstance(found.get(k), Mapping)), None)) is not None
+    ):
+        found = inner
+    if not isinstance(found, Mapping) or not found or not all(isinstance(t, Tensor) for t in found.values()):
+        what = f"a mapping with {', '.join(map(str, list(found)[:5]))}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
+        raise BrokenFile(f"{file}: a state dict of tensors is expected, also under {' or '.join(_NESTED)}; it holds {what}")
+    return _plain_names({str(name): tensor for name, tensor in found.items()})
+
+
+def _plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    wrapped = all(name.startswith("module.") for name in tensors)
+    return {name.removeprefix("module.") if wrapped else name: tensor for name, tensor in tensors.items()}
+
+
+def kd4dgm(path: str | Path, image: tuple[int, int, int] | None = None, std: float = 0.05**0.5) -> LVAE:
+    """An LVAE of the published code (Chen et al., CVPR 2023), in eval mode; its width, levels and latents are those of the checkpoint.
+
+    Args:
+        path: of the ``.pth.tar``.
+        image: ``(C, H, W)``; by default the largest square image with the checkpoint's number of halvings, such as 32x32.
+        std: of the output, which the checkpoint does not hold; published: sqrt(0.05).
+
+    Raises:
+        BadInput: it cannot be read, or is of another network.
+    """
+    tensors = read_checkpoint(path)
+    levels = max((int(m[1]) for name in tensors if (m := re.match(r"u(\d+)\.", name))), default=0)
+    top = f"u{levels}" if levels > 1 else "u1.1"
+    stem, head = tensors.get("u1.0.weight"), tensors.get(f"{top}.out.weight")
+    if stem is None or head is None or stem.ndim != 4 or head.ndim != 4:
+        names = ", ".join(f"{name} {tuple(t.shape)}" for name, t in list(tensors.items())[:5])
+        raise BadInput(f"{path}: not an LVAE of KD4DGM, whose weights are u1.0.weight and so on; it has {names}")
+    blocks = len({m[1] for name in tensors if (m := re.match(rf"{re.escape(top)}\.net\.(\d+)\.", name))})
+    width, channels = stem.shape[:2]
+    side = 2 ** (levels - 1 + blocks // 2)
+    try:
+        net = LVAE(image or (channels, side, side), width, levels, head.shape[0] // 2, std)
+    except ValueError as error:
+        raise BadInput(f"{path}: {error}") from None
+    check_weights(tensors, net, path)
+    net.load_state_dict(tensors)
+    return net.eval()
+
+
+def transformers_classifier(
+    path: str,
+    image: tuple[int, int, int] | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> Model:
+    """An image classifier of transformers, from a folder or Hub id, in eval mode.
+
+    Args:
+        path: of the folder, or Hub id; only safetensors are read.
+        image: ``(C, H, W)``; by default as its preprocessor crops or resizes to.
+        mean: of the pixels in [0, 1]; by default its preprocessor's.
+        std: likewise.
+
+    Raises:
+        BadInput: transformers is not installed, there is no such model, or it does not say what images it takes.
+    """
+    try:
+        from transformers import AutoModelForImageClassification
+        from transformers.utils import cached_file
+    except ImportError:
+        raise BadInput("a teacher of kind transformers needs transformers: pip install 'potstill[diffusion]'") from None
+    folder = Path(path).expanduser()
+    path = str(folder) if folder.is_dir() else path
+    try:
+        net = AutoModelForImageClassification.from_pretrained(path, use_safetensors=True)
+        file = cached_file(path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise BadInput(f"{path}: no image classifier that transformers can load ({(str(error).splitlines() or [''])[0][:160]})") from None
+    told = read_json(Path(file)) if file else {}
+    factor = 255 * told.get("rescale_factor", 1 / 255) if told.get("do_rescale", True) else 255.0
+    if told.get("do_normalize", bool(told)):
+        mean, std = (given or tuple(v / factor for v in told.get(key, ())) for given, key in ((mean, "image_mean"), (std, "image_std")))
+    elif told:
+        mean, std = mean or (0.0,), std or (1 / factor,)
+    image = image or _image_shape(told, net.config)
+    if not (image and mean and std):
+        lacking = " and ".join(name for name, value in (("image", image), ("mean", mean), ("std", std)) if not value)
+        raise BadInput(f"{path}: its preprocessor_config.json does not say the {lacking} of its images; give them")
+    return from_logits(net.eval(), Images(image, mean, std))
+
+
+def _image_shape(told: Mapping[str, Any], described: Any) -> tuple[int, int, int] | None:
+    size = told.get("crop_size") if told.get("do_center_crop", "crop_size" in told) else None
+    size = size or told.get("size") or getattr(described, "image_size", None)
+    if isinstance(size, Mapping):
+        size = size.get("shortest_edge") or (size.get("height"), size.get("width"))
+    height, width = (size, size) if isinstance(size, int) else size if size else (None, None)
+    return (getattr(described, "num_channels", 3), height, width) if height and width else None
+
+
+class _Dense(nn.Module):
+    """The dense encoder or decoder that pythae makes where it is given none, under pythae's names of the weights."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, image: tuple[int, int, int] | None = None):
+        super().__init__()
+        self.image = image
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU())])
+        if image is None:
+            self.embedding, self.log_var = nn.Linear(hidden, outputs), nn.Linear(hidden, outputs)
+        else:
+            self.layers.append(nn.Sequential(nn.Linear(hidden, outputs), nn.Sigmoid()))
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Images to mean and log-variance, or latents to images."""
+        h = x.flatten(1)
+        for layer in self.layers:
+            h = layer(h)
+        return (self.embedding(h), self.log_var(h)) if self.image is None else h.view(-1, *self.image)
+
+
+def pythae(
+    path: str | Path, encoder: nn.Module | None = None, decoder: nn.Module | None = None, images: Images | None = None, std: float = 1.0
+) -> Model:
+    """A VAE from a folder that pythae's ``save`` wrote, in eval mode.
+
+    What pythae pickles of an encoder or decoder of the user's own is not read: give both as modules, into which the weights go.
+
+    Args:
+        path: of the folder with ``model.pt`` and ``model_config.json``.
+        encoder: returns ``embedding`` and ``log_covariance``, or a pair of them; by default pythae's dense one.
+        decoder: returns the image, or an object with ``reconstruction``; by default pythae's dense one.
+        images: shape and range; by default ``input_dim`` of the configuration, and pixels in [0, 1].
+        std: of the output, in units of an image in [0, 1]; pythae's squared error is that of 1.
+
+    Raises:
+        BadInput: the folder cannot be read, or its weights are of other modules.
+    """
+    folder = Path(path).expanduser()
+    tensors = read_checkpoint(folder / "model.pt")
+    described = read_json(folder / "model_config.json")
+    shape = described.get("input_dim") if isinstance(described, dict) else None
+    if images is None:
+        if not isinstance(shape, list) or len(shape) != 3:
+            raise BadInput(f"{folder / 'model_config.json'}: input_dim is {shape}; [C, H, W] is expected, or give images")
+        images = Images((shape[0], shape[1], shape[2]))
+    first, last = tensors.get("encoder.layers.0.0.weight"), tensors.get("encoder.embedding.weight")
+    if encoder is None or decoder is None:
+        if first is None or last is None or first.ndim != 2 or "encoder.log_var.weight" not in tensors:
+            raise BadInput(f"{folder}: its encoder is not pythae's dense one; give encoder and decoder as modules")
+        (hidden, pixels), latent = first.shape, len(last)
+        encoder = encoder or _Dense(pixels, hidden, latent)
+        decoder = decoder or _Dense(latent, hidden, pixels, images.shape)
+    net = nn.ModuleDict({"encoder": encoder, "decoder": decoder})
+    check_weights(tensors, net, folder / "model.pt")
+    net.load_state_dict(tensors)
+    return from_autoencoder(encoder, decoder, images, std=std, net=net.eval())
