@@ -83,3 +83,19 @@ def results(folder):
 def environment():
     """For a process of its own: not one of several of a ``torchrun``, whatever this one is."""
     return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {"OMP_NUM_THREADS": "1"}
+
+
+def interrupting(monkeypatch):
+    """Make training end as by Ctrl-C, once ``left[0]`` updates have begun; returns ``left``, for the test to set."""
+    from potstill.distill import loop
+
+    real, left = loop.learning_rate, [0]
+
+    def counted(*arguments):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "learning_rate", counted)
+    return left

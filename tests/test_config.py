@@ -206,6 +206,11 @@ def test_an_unknown_key_is_named_and_the_nearest_suggested(tmp_path, text, expec
         ("teacher: {kind: python, target: 'a:b', arguments: {x: .inf}}", "teacher.arguments: a finite number is expected, found inf"),
         ("teacher: {kind: python, target: 'a:b', arguments: {1: 2}}", "teacher.arguments.1.[key]: input should be a valid string"),
         ("teacher: {kind: python, target: 'a:b', arguments: {x: {1: 2}}}", "teacher.arguments: names are expected as keys, found 1"),
+        (
+            "teacher: {kind: trained}\nsurrogate: {energy: [{kind: l2, nodes: z1}]}",
+            "surrogate.energy.0: nodes goes with kind posterior_kl",
+        ),
+        ("surrogate: {energy: [{kind: posterior_kl, n: 9}]}", "surrogate.energy.0: n goes with kind typicality"),
         ("seeds: []", "seeds: a list should have at least 1 item"),
         ("seeds: [1, 1]", "seeds: two are the same: 1, 1"),
         ("arms: []", "arms: a list should have at least 1 item"),

@@ -19,6 +19,7 @@ from potstill.synthesize.prior import Prior
 diffusers = pytest.importorskip("diffusers")
 
 from potstill.families.diffusion import Autoencoding, Denoising, TextToImage  # noqa: E402
+from runs import interrupting  # noqa: E402
 
 CAPTIONS = ("the digit one", "the digit two", "a bold letter q", "")
 RECIPE = {
@@ -143,19 +144,9 @@ def test_diffusers_own_pipeline_loads_it(tmp_path):
 
 
 def test_training_that_is_cut_short_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    from potstill.distill import loop
-
     assert train(tmp_path / "whole") == 0
     whole = contents(tmp_path / "whole" / "teacher")
-    real, left = loop.learning_rate, [0]
-
-    def interrupting(*arguments):
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(loop, "learning_rate", interrupting)
+    left = interrupting(monkeypatch)
     codes = []
     for after in (4, 6, 1 << 30):
         left[0] = after

@@ -22,7 +22,7 @@ from potstill.model import Images, Model
 from potstill.noise import Noise
 from potstill.state import digest_of
 from potstill.trace import Point, run
-from runs import digits_like, results
+from runs import digits_like, interrupting, results
 
 IMAGE = (1, 8, 8)
 KINDS = [(arch, classes) for arch in ("conv", "mlp") for classes in (0, 3)]
@@ -408,22 +408,12 @@ def test_a_recipe_trains_distils_and_measures(gans):
 
 
 def test_a_run_that_is_cut_short_goes_on_to_the_same_bits(gans, monkeypatch):
-    from potstill.distill import loop
-
     sections = {"evaluate": None, "report": None}
     assert gans.run("run", **sections) == 0
     whole = results(gans.out)
     assert {"teacher/model.safetensors", "students/adversarial/seed-0/model.safetensors"} < set(whole)
     gans.out.rename(gans.folder / "whole")
-    real, left = loop.learning_rate, [0]
-
-    def interrupting(*arguments):
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(loop, "learning_rate", interrupting)
+    left = interrupting(monkeypatch)
     codes = []
     for after in (2, 6, 7, 9, 1 << 30):
         left[0] = after

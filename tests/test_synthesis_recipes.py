@@ -13,7 +13,7 @@ import priors
 from potstill import config, pipeline
 from potstill.families.classifier import Classifier
 from potstill.synthesize import surrogate
-from runs import STEPS, results
+from runs import STEPS, interrupting, results
 
 pytest.importorskip("diffusers")
 SMALL = {"n": 8, "shard": 8, "batch": 4}
@@ -138,20 +138,10 @@ def test_rounds_alternate_synthesis_and_distillation(here):
 
 
 def test_rounds_that_are_cut_short_go_on_to_the_same_bits(here, monkeypatch):
-    from potstill.distill import loop
-
     classifier(here.folder / "judge")
     assert here.run("run", **rounds()) == 0
     whole = results(here.out)
-    step, left = loop.learning_rate, [3]
-
-    def interrupting(*arguments):
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-        return step(*arguments)
-
-    monkeypatch.setattr(loop, "learning_rate", interrupting)
+    left = interrupting(monkeypatch)
     out = here.folder / "again"
     codes = []
     for after in (5, 4, 1 << 30):

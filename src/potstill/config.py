@@ -396,6 +396,9 @@ class Term(Section):
             raise ValueError("target goes with kind python, and kind python needs one")
         if self.start > self.stop:
             raise ValueError(f"starts at {self.start:g}, after its stop at {self.stop:g}")
+        for key, kind in (("nodes", "posterior_kl"), ("n", "typicality")):
+            if self.kind != kind and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} goes with kind {kind}")
         return self
 
 

@@ -36,16 +36,16 @@ def fitted(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
     return F.interpolate(x, (height, width), mode="bilinear", align_corners=False)
 
 
-def check_fit(found: tuple[int, int, int], wanted: tuple[int, int, int]) -> None:
+def check_fit(found: tuple[int, int, int], wanted: tuple[int, int, int], who: str = "prior") -> None:
     """Refuse images that no resizing turns into the teacher's.
 
     Raises:
         BadInput: channels other than 1 and 3 differ, or the proportions do.
     """
     if found[0] != wanted[0] and {found[0], wanted[0]} != {1, 3}:
-        raise BadInput(f"prior: its images have {found[0]} channels, the teacher's {wanted[0]}; only gray and color can be converted")
+        raise BadInput(f"{who}: its images have {found[0]} channels, the teacher's {wanted[0]}; only gray and color can be converted")
     if found[1] * wanted[2] != found[2] * wanted[1]:
-        raise BadInput(f"prior: its images are {found[1]}x{found[2]}, the teacher's {wanted[1]}x{wanted[2]}; the proportions differ")
+        raise BadInput(f"{who}: its images are {found[1]}x{found[2]}, the teacher's {wanted[1]}x{wanted[2]}; the proportions differ")
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class LatentInversion:
     pull: float = 0.1
 
     def __post_init__(self) -> None:
-        check_fit(self.generator.images.shape, self.shape)
+        check_fit(self.generator.images.shape, self.shape, "generator")
 
     def __call__(self, energy: Energy, look: Look, n: int, noise: Noise, watch: Watch | None = None) -> Tensor:
         """``(n, C, H, W)`` float32 in [0, 1]; the arguments are those of :class:`potstill.synthesize.guided.Guided`."""
