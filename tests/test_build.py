@@ -152,20 +152,21 @@ def test_every_divergence_has_its_name(by):
 
 def test_features_have_the_fingerprint_of_their_network(tmp_path):
     cpu, shape = torch.device("cpu"), (1, 8, 8)
+    train = np.zeros((2, *shape), np.uint8)
     nets = [build.born(seed, "judge", lambda: Classifier(shape, 3, 2)) for seed in (0, 1)]
     for i, net in enumerate(nets):
         net.save_pretrained(tmp_path / str(i))
-    found = [build.features(f"classifier:{tmp_path / name}", cpu, (), 4, shape) for name in "010"]
+    found = [build.features(f"classifier:{tmp_path / name}", cpu, (), 4, train) for name in "010"]
     assert found[0].digest == found[2].digest != found[1].digest
     x = torch.rand(6, *shape)
     assert torch.allclose(torch.from_numpy(found[0].of(x)), nets[0].eval().features(x), atol=1e-6)
     net = build.born(0, "judge", lambda: ResNet(shape, 3, 8, 2, (0.5,), (0.25,)))
     net.save_pretrained(tmp_path / "resnet")
-    seen = build.features(f"classifier:{tmp_path / 'resnet'}", cpu, (), 4, shape).of(x)
+    seen = build.features(f"classifier:{tmp_path / 'resnet'}", cpu, (), 4, train).of(x)
     assert torch.allclose(torch.from_numpy(seen), net.eval().features((x - 0.5) / 0.25), atol=1e-6)
-    assert build.features("pixels", cpu, (), 4, shape).of(x).shape == (6, 64)
+    assert build.features("pixels", cpu, (), 4, train).of(x).shape == (6, 64)
     with pytest.raises(BadInput, match=r"evaluate\.features: features 'pixels': found images in"):
-        build.features("pixels", cpu, (), 4, shape).of(2 + x)
+        build.features("pixels", cpu, (), 4, train).of(2 + x)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,10 @@ from .evaluate.cost import parameters
 from .families.classifier import Classifier, ResNet
 from .families.diffusion import TextToImage
 from .families.gan import GAN, Discriminator
+from .families.helmholtz import HelmholtzMachine
 from .families.lvae import LVAE
 from .families.vae import VAE
+from .families.vrnn import VRNN
 from .importers import kd4dgm, pythae, transformers_classifier
 from .model import Model
 from .noise import Noise
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(__file__).parent
 ZOO = PACKAGE / "zoo"
-Network = LVAE | VAE | GAN | Classifier | ResNet
+Network = LVAE | VAE | GAN | Classifier | ResNet | HelmholtzMachine | VRNN
 _NET: TypeAdapter[config.Net] = TypeAdapter(config.Net)
 
 
@@ -107,6 +109,10 @@ def network(net: config.Net) -> Network:
                 return Classifier(net.image, net.classes, net.width)
             case config.ResNetNet():
                 return ResNet(net.image, net.classes, net.depth, net.width, net.mean, net.std)
+            case config.HelmholtzNet():
+                return HelmholtzMachine(net.image, net.width, net.latent, net.std, net.mean, net.scale)
+            case config.VRNNNet():
+                return VRNN(net.image, net.width, net.hidden, net.latent, net.std, net.temperature, net.mean, net.scale)
             case config.TextToImageNet():
                 raise BadInput(f"a {net.kind} model is a prior; it is trained, and is no teacher")
     except ValueError as error:
@@ -353,6 +359,8 @@ def student(section: config.Student, of: Model, seed: int, allowed: Sequence[str
         model = born(seed, "student", lambda: _shrunk(net, width, section.encoder)).model()
     if tuple(model.images.shape) != tuple(of.images.shape):
         raise BadInput(f"student: makes images of {tuple(model.images.shape)}, the teacher of {tuple(of.images.shape)}")
+    if model.images.pixels != of.images.pixels:
+        raise BadInput("student: Images.pixels differs from the teacher's; both make pictures, or neither")
     return model
 
 
@@ -371,8 +379,8 @@ def adversary(section: config.Adversary, model: Model, seed: int) -> Adversary:
     return Adversary(net, *weights, section.r1).to(model.device)
 
 
-def dataset(section: config.Data | None, shape: tuple[int, int, int], who: str) -> data.Dataset | None:
-    """The real data, checked against the images that a network takes.
+def dataset(section: config.Data | None, shape: tuple[int, int, int], who: str, pixels: bool = True) -> data.Dataset | None:
+    """The real data, checked against the images that a network takes, or the other values where it takes no pictures.
 
     Raises:
         BadInput: it cannot be read, or is of another shape.
@@ -385,6 +393,9 @@ def dataset(section: config.Data | None, shape: tuple[int, int, int], who: str) 
         raise BadInput(
             f"data: images of {found[0]} channels, {found[1]}x{found[2]}; the {who} takes {shape[0]} channels, {shape[1]}x{shape[2]}"
         )
+    if pixels != (loaded.train.images.dtype.name == "uint8"):
+        kinds = ["values that are no pixels", "pictures"]
+        raise BadInput(f"data: {kinds[not pixels]}; the {who} takes {kinds[pixels]}")
     return loaded
 
 
@@ -407,25 +418,33 @@ class FeatureSource:
             raise BadInput(f"evaluate.features: {reason(error)}") from None
 
 
-def features(text: str, device: torch.device, allowed: Sequence[str], batch: int, shape: tuple[int, int, int]) -> FeatureSource:
+def features(text: str, device: torch.device, allowed: Sequence[str], batch: int, train: data.Kept) -> FeatureSource:
     """The features that a recipe names.
 
     Args:
-        text: ``pixels``, ``classifier:PATH`` or ``python:module:name``, a function that returns a network from images
+        text: ``pixels``, ``standardized``, ``classifier:PATH`` or ``python:module:name``, a function that returns a network from images
             ``(batch, C, H, W)`` in [0, 1] to features ``(batch, d)``.
         device: where the network runs.
         allowed: modules that code may come from.
         batch: images at a time.
-        shape: of the images.
+        train: real training images ``(n, C, H, W)``, or other values.
 
     Raises:
         BadInput: anything else, or a classifier of other images.
     """
-    from .evaluate.features import from_network, pixels  # late, for it brings scipy, which a training does not need
+    from .evaluate.features import from_network, pixels, standardized  # late, for it brings scipy, which a training does not need
 
     kind, _, rest = text.partition(":")
+    shape, pictures = train.shape[1:], train.dtype.name == "uint8"
     if text == "pixels":
-        return FeatureSource(pixels(), "pixels")
+        return FeatureSource(pixels(pictures), "pixels")
+    if text == "standardized":
+        if pictures:
+            raise BadInput("evaluate.features: standardized is for data that are no pictures; use pixels, or a network")
+        try:
+            return FeatureSource(standardized(data.floats(train)), "standardized")
+        except ValueError as error:
+            raise BadInput(f"evaluate.features: {error}") from None
     if kind == "classifier" and rest:
         net = pretrained(rest)
         if not isinstance(net, (Classifier, ResNet)):
@@ -437,8 +456,9 @@ def features(text: str, device: torch.device, allowed: Sequence[str], batch: int
         network = resolve(rest, allowed)
         if not isinstance(network, nn.Module):
             raise BadInput(f"evaluate.features: {rest} returned a {type(network).__name__}; a torch.nn.Module is expected")
-        return FeatureSource(from_network(text, network, batch=batch, device=str(device)), digest_of(network))
-    raise BadInput(f"evaluate.features: {text!r}; pixels, classifier:PATH or python:module:name is expected")
+        found = replace(from_network(text, network, batch=batch, device=str(device)), pixels=pictures)
+        return FeatureSource(found, digest_of(network))
+    raise BadInput(f"evaluate.features: {text!r}; pixels, standardized, classifier:PATH or python:module:name is expected")
 
 
 class _Body(nn.Module):
@@ -529,6 +549,8 @@ def synthesizer(section: config.Surrogate, model: Model) -> tuple[Synthesizer, P
         BadInput: a prior or a generator cannot be loaded, or its images cannot be the teacher's.
     """
     shape, device = model.images.shape, model.device
+    if not model.images.pixels and not isinstance(section, config.Ancestral):
+        raise BadInput(f"surrogate: kind {section.kind} makes pictures, but the teacher's data are none; use kind ancestral")
     match section:
         case config.Ancestral():
             if model.generate is None:

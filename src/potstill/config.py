@@ -87,6 +87,12 @@ Seed = Annotated[int, Field(ge=0, lt=2**63), _NUMERIC]
 Side = Annotated[int, Field(ge=2, le=4096), _NUMERIC]
 PerChannel = Annotated[tuple[Annotated[float, _NUMERIC], ...], Field(min_length=1, max_length=4)]
 ImageShape = tuple[Annotated[int, Field(ge=1, le=4), _NUMERIC], Side, Side]
+Steps = Annotated[int, Field(ge=2, le=4096), _NUMERIC]
+One = Annotated[int, Field(ge=1, le=1), _NUMERIC]
+PointShape = tuple[Annotated[int, Field(ge=2, le=2), _NUMERIC], One, One]
+StrokeShape = tuple[Annotated[int, Field(ge=3, le=3), _NUMERIC], Steps, One]
+OneOrTwo = Annotated[tuple[Annotated[float, _NUMERIC], ...], Field(min_length=1, max_length=2)]
+PositiveOneOrTwo = Annotated[tuple[Positive, ...], Field(min_length=1, max_length=2)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Target = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 Text = Annotated[str, Field(min_length=1), AfterValidator(_plain)]
@@ -134,7 +140,36 @@ class GlyphsData(Section):
     digits: Annotated[float, Field(ge=0, le=1), _NUMERIC] = Field(default=0.75, description="share of digits; the rest are letters")
 
 
-Data = Annotated[DigitsData | GlyphsData | FileData, Field(discriminator="kind")]
+class ValuesData(Section):
+    """Numbers that are no pixels: a csv file with a head line and a point in each row, or an npz array of points or sequences."""
+
+    kind: Literal["values"]
+    path: Text
+    test_path: Text | None = Field(default=None, description="held-out rows; without it a fraction is split off by the seed")
+    test_fraction: Annotated[float, Field(gt=0, lt=1), _NUMERIC] = 0.5
+    seed: Seed = 0
+    array: Text | None = Field(default=None, description="npz array (n, C), (n, C, steps) or (n, C, H, W); by default the only one, or x")
+
+
+class OldFaithfulData(Section):
+    """272 eruptions of the geyser Old Faithful: duration and waiting time in minutes, split by a seed."""
+
+    kind: Literal["old_faithful"]
+    seed: Seed = 0
+    test_fraction: Annotated[float, Field(gt=0, lt=1), _NUMERIC] = 0.5
+
+
+class StrokesData(Section):
+    """Outlines of digits as a pen would draw them, from the fonts that matplotlib ships: lifted pen, and offset of each step."""
+
+    kind: Literal["strokes"]
+    seed: Seed = 0
+    n: Annotated[int, Field(ge=2, le=2**22), _NUMERIC] = Field(default=4000, description="sequences to train on")
+    test: Annotated[int, Field(ge=1, le=2**20), _NUMERIC] = Field(default=400, description="further sequences, held out")
+    steps: Annotated[int, Field(ge=9, le=4096), _NUMERIC] = Field(default=24, description="points of a sequence")
+
+
+Data = Annotated[DigitsData | GlyphsData | FileData | ValuesData | OldFaithfulData | StrokesData, Field(discriminator="kind")]
 
 
 # ------------------------------------------------------------------ networks
@@ -196,6 +231,32 @@ class ResNetNet(Section):
     std: PerChannel = Field(default=(1.0,), description="of those pixels, likewise")
 
 
+class HelmholtzNet(Section):
+    """Helmholtz machine with binary latents on points of two values, of Chen et al., CVPR 2023; it learns by wake and sleep."""
+
+    kind: Literal["helmholtz"]
+    image: PointShape = (2, 1, 1)
+    width: Count = 8
+    latent: Count = 2
+    std: Positive = Field(default=0.5, description="of the values, standardized")
+    mean: OneOrTwo = Field(default=(0.0,), description="of the data: one number, or one per value")
+    scale: PositiveOneOrTwo = Field(default=(1.0,), description="standard deviation of the data, likewise")
+
+
+class VRNNNet(Section):
+    """Variational recurrent network of strokes, of Chung et al., NeurIPS 2015, and Chen et al., CVPR 2023."""
+
+    kind: Literal["vrnn"]
+    image: StrokeShape
+    width: Count = 64
+    hidden: Count = Field(default=128, description="units of the recurrent state; a student's shrink with its width")
+    latent: Count = 16
+    std: Positive = Field(default=1.0, description="of an offset, standardized")
+    temperature: NotNegative = Field(default=1.0, description="factor of that std where strokes are drawn; published: 0")
+    mean: OneOrTwo = Field(default=(0.0,), description="of the data's offsets: one number, or one per direction")
+    scale: PositiveOneOrTwo = Field(default=(1.0,), description="standard deviation of the data's offsets, likewise")
+
+
 class TextToImageNet(Section):
     """A miniature Stable Diffusion: a prior for guided synthesis, which learns from captioned pictures or from classes."""
 
@@ -207,8 +268,11 @@ class TextToImageNet(Section):
     text: Annotated[int, Field(ge=8, multiple_of=8, le=2**14), _NUMERIC] = Field(default=64, description="width of the text encoder")
 
 
-Net = Annotated[LVAENet | VAENet | GANNet | ClassifierNet | ResNetNet | TextToImageNet, Field(discriminator="kind")]
+Net = Annotated[
+    LVAENet | VAENet | GANNet | ClassifierNet | ResNetNet | HelmholtzNet | VRNNNet | TextToImageNet, Field(discriminator="kind")
+]
 CLASSIFIERS = (ClassifierNet, ResNetNet)
+NO_PICTURES = (HelmholtzNet, VRNNNet)  # their data are points and strokes
 
 
 class Pretrained(Section):
@@ -637,7 +701,11 @@ class Arm(Section):
 class Evaluate(Section):
     """Figures for the teacher and every arm."""
 
-    features: Text = Field(default="pixels", description="pixels, classifier:PATH (a folder or zoo:NAME), or python:module:name")
+    features: Text = Field(
+        default="pixels",
+        description="pixels, standardized (each channel by the training data's mean and standard deviation, for data that are no "
+        "pictures), classifier:PATH (a folder or zoo:NAME), or python:module:name",
+    )
     n: Annotated[int, Field(ge=8), _NUMERIC] | None = Field(
         default=None, description="images on each side; by default all held-out real ones"
     )
@@ -914,7 +982,7 @@ def _dotted(location: Sequence[int | str]) -> str:
         {"data", "teacher", "net", "model", "surrogate"},
         {"digits", "folder", "parquet", "npz", "lvae", "vae", "gan", "classifier", "resnet", "glyphs", "text_to_image"},
     )
-    tags |= {"kd4dgm", "transformers", "pythae"}
+    tags |= {"kd4dgm", "transformers", "pythae", "values", "old_faithful", "strokes", "helmholtz", "vrnn"}
     tags |= {"pretrained", "trained", "weights", "python", "ancestral", "uniform", "inversion", "latent", "guided"}
     parts = []
     for i, part in enumerate(location):

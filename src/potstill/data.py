@@ -16,28 +16,33 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .config import DigitsData, FileData, GlyphsData
+from .config import DigitsData, FileData, GlyphsData, OldFaithfulData, StrokesData, ValuesData
 from .errors import BadInput
 from .noise import Noise
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
 Pixels = npt.NDArray[np.uint8]
+Values = npt.NDArray[np.float32]
+Kept = Pixels | Values  # pixels, or what is no picture
 Labels = npt.NDArray[np.int64]
 Classes = list[str]
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 MAX_PIXELS = 4096 * 4096
+MAX_VALUES = 2**28
+MAX_CSV_BYTES = 2**28
 # What Pillow turns into 8-bit gray or color without losing range: 16-bit images would be clipped to white.
 _CONVERTIBLE = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images ``(n, C, H, W)`` uint8, and their labels ``(n,)`` and captions where there are some."""
+    """Images ``(n, C, H, W)`` uint8, or other values float32; and their labels ``(n,)`` and captions where there are some."""
 
-    images: Pixels
+    images: Kept
     labels: Labels | None
     captions: tuple[str, ...] | None = None
 
@@ -59,6 +64,14 @@ class Dataset:
     name: str
     train: Split
     test: Split
+
+
+def floats(images: Kept) -> Tensor:
+    """What is kept as an array as the library works on it: pixels in [0, 1], other values as they are; float32."""
+    import torch  # late, for what reads recipes does without
+
+    x = torch.from_numpy(images)
+    return x.float().div_(255) if x.dtype == torch.uint8 else x
 
 
 def decode(data: bytes, where: str, mode: str | None = None, size: int | None = None) -> npt.NDArray[np.uint8]:
@@ -263,8 +276,66 @@ def quantized(images: npt.NDArray[Any], where: str) -> Pixels:
     if not np.isfinite(images).all():
         raise BadInput(f"{where}: NaN or infinite pixels in image {int(np.argwhere(~np.isfinite(images))[0][0])}")
     if images.min() < 0 or images.max() > 1:
-        raise BadInput(f"{where}: pixels from {images.min():g} to {images.max():g}; floats must lie in [0, 1]")
+        raise BadInput(
+            f"{where}: pixels from {images.min():g} to {images.max():g}; floats must lie in [0, 1]; data of kind values may have any"
+        )
     return np.round(images * 255).astype(np.uint8)
+
+
+def _read_values(path: Path, array: str | None) -> Values:
+    """Points or sequences from a csv or npz file, ``(n, C, H, W)`` float32.
+
+    Raises:
+        BadInput: it cannot be read, or holds something else than finite numbers of one of the shapes.
+    """
+    if path.suffix.lower() == ".csv":
+        return _checked(_read_csv(path), str(path))
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            names = list(archive.files)
+            column = names[0] if array is None and len(names) == 1 else array or "x"
+            if column not in names:
+                raise BadInput(f"{path}: no array {column}; it has {', '.join(names) or 'none'}. Set data.array")
+            found = np.asarray(archive[column])
+    except BadInput:
+        raise
+    except Exception as error:  # numpy raises whatever the zip, the header or the pickle inside provokes
+        raise BadInput(f"{path}: neither a csv file nor an npz file of plain arrays ({_first_line(error)})") from None
+    return _checked(found, f"{path}: array {column}")
+
+
+def _read_csv(path: Path) -> npt.NDArray[np.float64]:
+    content = _bytes(path)
+    if len(content) > MAX_CSV_BYTES:
+        raise BadInput(f"{path}: {len(content)} bytes; at most {MAX_CSV_BYTES} are read. Bring it to an npz file")
+    try:
+        lines = [line for line in content.decode("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not a csv file ({error.reason} in byte {error.start})") from None
+    rows: list[list[float]] = []
+    for number, line in enumerate(lines[1:], 2):
+        try:
+            rows.append([float(cell) for cell in line.split(",")])
+        except ValueError:
+            raise BadInput(f"{path}, row {number}: numbers between commas are expected, found {line[:60]!r}") from None
+        if len(rows[-1]) != len(rows[0]):
+            raise BadInput(f"{path}, row {number}: {len(rows[-1])} columns, but the first row has {len(rows[0])}")
+    return np.array(rows)
+
+
+def _checked(values: npt.NDArray[Any], where: str) -> Values:
+    """``(n, C)``, ``(n, C, steps)`` or ``(n, C, H, W)``, any real numbers, to ``(n, C, H, W)`` float32."""
+    if values.ndim not in (2, 3, 4) or not values.size:
+        raise BadInput(f"{where}: values of shape {values.shape}; (n, C), (n, C, steps) or (n, C, H, W) is expected")
+    if values.size > MAX_VALUES:
+        raise BadInput(f"{where}: {values.size} values; at most {MAX_VALUES} are read")
+    if values.dtype.kind not in "fiu":
+        raise BadInput(f"{where}: values of type {values.dtype}; real numbers are expected")
+    with np.errstate(over="ignore"):
+        found = np.ascontiguousarray(values.reshape(*values.shape, *[1] * (4 - values.ndim)), dtype=np.float32)
+    if not np.isfinite(found).all():
+        raise BadInput(f"{where}: a value that is no finite number of 32 bits in row {int(np.argwhere(~np.isfinite(found))[0][0])}")
+    return found
 
 
 def _shuffled(n: int, seed: int) -> Labels:
@@ -297,7 +368,27 @@ def _glyphs(data: GlyphsData) -> Dataset:
     return Dataset(f"glyphs (seed {data.seed})", *splits)
 
 
-def load(data: DigitsData | GlyphsData | FileData) -> Dataset:
+def _strokes(data: StrokesData) -> Dataset:
+    from .strokes import strokes
+
+    drawn = [strokes(range(n), Noise((data.seed, name)), data.steps) for name, n in (("train", data.n), ("test", data.test))]
+    return Dataset(f"strokes (seed {data.seed})", *(Split(values, labels) for values, labels in drawn))
+
+
+def _parted(name: str, whole: Split, where: str, fraction: float, seed: int) -> Dataset:
+    """One set in two by the seed."""
+    n = len(whole.images)
+    held = max(1, round(n * fraction))
+    if held >= n:
+        raise BadInput(f"{where}: {n} images are too few to hold some out for a test")
+    order = _shuffled(n, seed)
+    parts = [
+        Split(whole.images[i], None if whole.labels is None else whole.labels[i]) for i in (np.sort(order[held:]), np.sort(order[:held]))
+    ]
+    return Dataset(name, parts[0], parts[1])
+
+
+def load(data: DigitsData | GlyphsData | FileData | ValuesData | OldFaithfulData | StrokesData) -> Dataset:
     """Read and check the images that a recipe names.
 
     Raises:
@@ -307,6 +398,12 @@ def load(data: DigitsData | GlyphsData | FileData) -> Dataset:
         return _digits(data)
     if isinstance(data, GlyphsData):
         return _glyphs(data)
+    if isinstance(data, StrokesData):
+        return _strokes(data)
+    if isinstance(data, OldFaithfulData):
+        path = Path(__file__).with_name("old_faithful.csv")
+        name = f"old faithful (seed {data.seed})"
+        return _parted(name, Split(_read_values(path, None), None), str(path), data.test_fraction, data.seed)
     paths = [Path(p).expanduser() for p in (data.path, data.test_path) if p is not None]
     for path in paths:
         if not path.exists():
@@ -316,24 +413,18 @@ def load(data: DigitsData | GlyphsData | FileData) -> Dataset:
     if data.kind == "folder":
         images, classes = zip(*(_read_folder(path, data) for path in paths), strict=True)
         splits = [Split(*pair) for pair in zip(images, _numbered(list(classes), paths), strict=True)]
+    elif isinstance(data, ValuesData):
+        splits = [Split(_read_values(path, data.array), None) for path in paths]
     else:
         read = _read_parquet if data.kind == "parquet" else _read_npz
         splits = [Split(*read(path, data)) for path in paths]
     if len(splits) == 2:
         train, test = splits
         if train.images.shape[1:] != test.images.shape[1:]:
-            raise BadInput(f"{paths[1]}: {_size(test.images[0])}, but {paths[0]} is {_size(train.images[0])}")
+            sizes = [str(s.images.shape[1:]) if data.kind == "values" else _size(s.images[0]) for s in (test, train)]
+            raise BadInput(f"{paths[1]}: {sizes[0]}, but {paths[0]} is {sizes[1]}")
         if (train.labels is None) != (test.labels is None):
             with_labels, without = (paths[0], paths[1]) if test.labels is None else (paths[1], paths[0])
             raise BadInput(f"{without}: has no labels, but {with_labels} has")
         return Dataset(paths[0].name, train, test)
-    (whole,) = splits
-    n = len(whole.images)
-    held = max(1, round(n * data.test_fraction))
-    if held >= n:
-        raise BadInput(f"{paths[0]}: {n} images are too few to hold some out for a test")
-    order = _shuffled(n, data.seed)
-    parts = [
-        Split(whole.images[i], None if whole.labels is None else whole.labels[i]) for i in (np.sort(order[held:]), np.sort(order[:held]))
-    ]
-    return Dataset(paths[0].name, parts[0], parts[1])
+    return _parted(paths[0].name, splits[0], str(paths[0]), data.test_fraction, data.seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal, kl_divergence, register_kl
 
-from .trace import Point, Trace
+from .trace import Node, Point, Trace
 
 Divergence = Callable[[Distribution, Distribution], Tensor]
 """(teacher's conditional, student's conditional) -> one number per sample, ``(batch,)``."""
@@ -151,7 +151,8 @@ def total(losses: dict[str, Tensor]) -> Tensor:
 def latent_kl(trace: Trace, nodes: str = "*") -> dict[str, Tensor]:
     """KL(posterior || prior) of every latent node of an inference trace, in nats, each ``(batch,)``.
 
-    A node's prior is the one that the program handed over; without one, a normal's prior is standard.
+    A node's prior is the one that the program handed over; without one, a normal's prior is standard. What the program observes is
+    left out: a node whose prior is its own conditional.
 
     Args:
         trace: of an inference program.
@@ -162,7 +163,7 @@ def latent_kl(trace: Trace, nodes: str = "*") -> dict[str, Tensor]:
     """
     divergences = {}
     for name, node in trace.latents().items():
-        if not fnmatchcase(name, nodes):
+        if not fnmatchcase(name, nodes) or node.prior is node.dist:
             continue
         prior = node.prior
         if prior is None:
@@ -173,6 +174,30 @@ def latent_kl(trace: Trace, nodes: str = "*") -> dict[str, Tensor]:
             prior = Normal(torch.zeros_like(node.dist.loc), torch.ones_like(node.dist.scale), validate_args=False)
         divergences[name] = kl(node.dist, prior)
     return divergences
+
+
+def has_priors(trace: Trace) -> bool:
+    """Whether every latent of an inference trace has its prior at hand, so that :func:`latent_kl` and :func:`negative_elbo` know it."""
+    return all(node.prior is not None or isinstance(node.dist, Normal) for node in trace.latents().values())
+
+
+def log_density(nodes: Iterable[Node]) -> Tensor:
+    """Log density of the nodes' values under their conditionals, in nats, summed: ``(batch,)``. Point masses are left out."""
+    return torch.stack([per_sample(node.dist.log_prob(node.value)) for node in nodes if not isinstance(node.dist, Point)]).sum(0)
+
+
+def sampled_kl(posterior: Trace, generative: Trace) -> Tensor:
+    """log q - log p of the latents' values, in nats, ``(batch,)``: an unbiased estimate of KL(posterior || prior) from one sample.
+
+    For an inference program whose order is not the generator's, such as that of a Helmholtz machine: the prior of a latent then hangs
+    on latents inferred after it, and node by node there is no closed form.
+
+    Args:
+        posterior: of an inference program.
+        generative: of the generator, given the posterior's values.
+    """
+    inferred = {name: node for name, node in posterior.latents().items() if not isinstance(node.dist, Point)}
+    return log_density(inferred.values()) - log_density(generative[name] for name in inferred)
 
 
 def negative_elbo(trace: Trace, x: Tensor) -> dict[str, Tensor]:

@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from . import build, config
-from .data import Dataset, Split
+from .data import Dataset, Kept, Split, floats
 from .distill.adversary import AdversarialTraining, Adversary
 from .distill.augment import augmented
-from .distill.distiller import Classification, Distiller, Elbo, Encoding, reached, train_only
+from .distill.distiller import Classification, Distiller, Encoding, likelihood, reached, train_only
 from .distill.loop import Batch, Log, Phase, fit
 from .divergence import total
 from .errors import BadInput, BrokenFile, Locked
@@ -56,7 +56,7 @@ class Workshop:
     recipe: config.Recipe
     folder: Path
     allowed: tuple[str, ...] = ()
-    _surrogates: dict[str, npt.NDArray[np.uint8]] = field(default_factory=dict, init=False, repr=False)
+    _surrogates: dict[str, Kept] = field(default_factory=dict, init=False, repr=False)
     _synthesizers: dict[str, tuple[Synthesizer, Prompts | None]] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
@@ -92,10 +92,9 @@ class Workshop:
     def data(self) -> Dataset | None:
         """Real images, of the teacher's shape, or of the shape of what is trained."""
         if self.recipe.teacher is None or (self.recipe.train and isinstance(self.recipe.teacher, config.Trained)):
-            return (
-                build.dataset(self.recipe.data, self.recipe.train.model.image, self.recipe.train.model.kind) if self.recipe.train else None
-            )
-        return build.dataset(self.recipe.data, self.teacher.images.shape, "teacher")
+            section = self.recipe.train.model if self.recipe.train else None
+            return section and build.dataset(self.recipe.data, section.image, section.kind, not isinstance(section, config.NO_PICTURES))
+        return build.dataset(self.recipe.data, self.teacher.images.shape, "teacher", self.teacher.images.pixels)
 
     @cached_property
     def real(self) -> Dataset:
@@ -109,7 +108,7 @@ class Workshop:
         """Digests of the training images and of the held-out ones."""
         return self.real.train.digest(), self.real.test.digest()
 
-    def surrogate(self, folder: str) -> npt.NDArray[np.uint8]:
+    def surrogate(self, folder: str) -> Kept:
         """Surrogate images of that folder within the run's, of the teacher's shape."""
         if folder not in self._surrogates:
             images = surrogate.read(self.folder / folder)
@@ -118,7 +117,7 @@ class Workshop:
             self._surrogates[folder] = images
         return self._surrogates[folder]
 
-    def images_of(self, arm: config.Arm, phase: str) -> npt.NDArray[np.uint8] | None:
+    def images_of(self, arm: config.Arm, phase: str) -> Kept | None:
         """What a phase of an arm begins with: real images, its surrogates put together, or ``None``, noise alone."""
         if arm.kind != "data_free":
             return self.real.train.images
@@ -219,13 +218,11 @@ def _plain_name(phase: str) -> str:
     return phase.partition("-")[0]
 
 
-def _loader(images: npt.NDArray[np.uint8], device: torch.device, augment: config.Augment | None) -> Callable[[Batch], Tensor]:
-    pixels = torch.from_numpy(images)
-
+def _loader(images: Kept, device: torch.device, augment: config.Augment | None) -> Callable[[Batch], Tensor]:
     def load(batch: Batch) -> Tensor:
         if batch.index is None:
             raise RuntimeError("a phase on images was given a batch without them")
-        x = pixels[batch.index].to(device, non_blocking=True).float().div_(255)
+        x = floats(images[batch.index.numpy()]).to(device, non_blocking=True)
         return augmented(x, augment, batch.noise.fold("augment")) if augment else x
 
     return load
@@ -339,7 +336,7 @@ def rehearse(shop: Workshop, teacher: Model) -> None:
     def scratch(adversary: Adversary | None) -> dict[str, Tensor]:
         if adversary is not None:
             return AdversarialTraining(student, adversary)(noise, gray, labels)
-        return Elbo(student)(noise, gray) if classes is None else Classification(student)(noise, gray, labels)
+        return likelihood(student)(noise, gray) if classes is None else Classification(student)(noise, gray, labels)
 
     for arm in shop.recipe.arms:
         adversary = adversary_of(shop.recipe, arm, student, 0)
@@ -409,9 +406,7 @@ def _distilled(
     return phase
 
 
-def _adversarial(
-    shop: Workshop, job: Job, identity: str, student: Model, number: int, keep_going: Callable[[], bool]
-) -> Iterator[npt.NDArray[np.uint8]]:
+def _adversarial(shop: Workshop, job: Job, identity: str, student: Model, number: int, keep_going: Callable[[], bool]) -> Iterator[Kept]:
     """The images that earlier rounds made, and those of this one, whose adversary is the student as it is now."""
     for i in range(2, number + 1):
         for source in shop.recipe.images_of(job.arm, "infer"):
@@ -432,6 +427,7 @@ def _adversarial(
                     # Not of the student's weights: when its training goes on, they are already those of the middle of the round.
                     identity=fingerprint({"run": identity, "job": job.name, "round": i, "section": section.model_dump(mode="json")}),
                     source=section.kind,
+                    pixels=shop.teacher.images.pixels,
                     keep_going=keep_going,
                 )
                 for module, mode in modes.items():
@@ -466,7 +462,7 @@ def _from_scratch(
         if adversary is not None:
             objective = AdversarialTraining(model, adversary)
             return Phase(name, objective, with_labels, parameters + _own(adversary), training, len(train.images))
-        return Phase(name, Elbo(model, training.beta), elbo, parameters, training, len(train.images))
+        return Phase(name, likelihood(model, training.beta), elbo, parameters, training, len(train.images))
 
     return phase
 
@@ -610,9 +606,7 @@ def make_prior(
         learns = train_only(net, {n for n, _ in net.named_parameters() if not n.startswith("vae.")})
         net.vae.eval()
         # All are encoded once: the autoencoder has learned what it will.
-        latents = torch.cat(
-            [net.encode(torch.from_numpy(part).float() / 255).cpu() for part in np.array_split(split.images, -(-len(split.images) // 1024))]
-        )
+        latents = torch.cat([net.encode(floats(part)).cpu() for part in np.array_split(split.images, -(-len(split.images) // 1024))])
         net.scale.copy_(1 / latents.std())
         latents, tokens = latents * net.scale.cpu(), net.tokens(captions)
 

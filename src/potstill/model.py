@@ -15,15 +15,20 @@ from .trace import Program, run
 class Images:
     """How the library's images, float32 in [0, 1], become what a network was trained on: ``(x - mean) / std``.
 
+    Data that are no pictures have the same three axes, with other meanings: a point of two coordinates is ``(2, 1, 1)``, a sequence
+    of ``T`` steps ``(C, T, 1)``. Their values are any finite float32 in units of the data, wherever else [0, 1] is said.
+
     Args:
         shape: ``(C, H, W)``.
         mean: one number, or one per channel.
         std: one number, or one per channel.
+        pixels: whether values are pixels, which lie in [0, 1] and are kept as uint8; others are kept as they are, as float32.
     """
 
     shape: tuple[int, int, int]
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    pixels: bool = True
 
     @classmethod
     def between(cls, shape: tuple[int, int, int], low: float, high: float) -> Images:
@@ -41,6 +46,10 @@ class Images:
         """``(batch, C, H, W)`` in the network's range to [0, 1], unclipped."""
         mean, std = self._statistics(x)
         return x * std + mean
+
+    def clip(self, x: Tensor) -> Tensor:
+        """Pixels clipped to [0, 1]; other values as they are."""
+        return x.clamp(0, 1) if self.pixels else x
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = (x.new_tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
@@ -90,10 +99,10 @@ class Model:
     def sample(self, n: int, noise: NoiseSource) -> Tensor:
         """``n`` images ``(n, C, H, W)`` in [0, 1]: the mean of the output's conditional, which is what is looked at and measured."""
         trace = run(self.program("generate"), noise=noise, n=n, device=self.device)
-        return self.images.decode(trace.out.dist.mean).clamp(0, 1)
+        return self.images.clip(self.images.decode(trace.out.dist.mean))
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, noise: NoiseSource) -> Tensor:
         """Images ``(batch, C, H, W)`` in [0, 1] through the latents inferred from them and back."""
         trace = run(self.program("infer"), self.images.encode(x.to(self.device)), noise=noise)
-        return self.images.decode(trace.out.dist.mean).clamp(0, 1)
+        return self.images.clip(self.images.decode(trace.out.dist.mean))

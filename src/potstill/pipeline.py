@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from . import __version__, build, config
-from .data import Dataset, Split
+from .data import Dataset, Kept, Split, floats
 from .distill.loop import accelerator, threads
 from .energy.statistics import FILE as ACTIVATIONS
 from .energy.view import Look
@@ -32,6 +32,7 @@ from .evaluate.arms import accuracy, cost, energies, over_seeds, quality, recons
 from .evaluate.cost import file_mib, parameters
 from .evaluate.features import pixels
 from .evaluate.frechet import frechet
+from .evaluate.sketch import Sketch
 from .families.classifier import classes_of
 from .jobs import (
     Job,
@@ -90,7 +91,7 @@ class Run:
     @cached_property
     def features(self) -> build.FeatureSource:
         evaluate = self._section("evaluate")
-        return build.features(evaluate.features, self.shop.device, self.allowed, evaluate.batch, self.shop.real.train.images.shape[1:])
+        return build.features(evaluate.features, self.shop.device, self.allowed, evaluate.batch, self.shop.real.train.images)
 
     def _section(self, stage: str) -> Any:
         section = self.recipe.synthesized if stage == "synthesize" else getattr(self.recipe, _SECTION[stage])
@@ -249,7 +250,7 @@ class Run:
             raise BadInput(f"evaluate.n: {section.n} images, but {len(test)} are held out; lower it, or leave it out to use all")
         if (section.n or len(test)) <= section.k:
             raise BadInput(f"evaluate.k: {section.k} neighbors, but {section.n or len(test)} held-out images")
-        self.features.of(torch.from_numpy(test[:2]).float() / 255)
+        self.features.of(floats(test[:2]))
 
     # -------------------------------------------------------------- the stages
 
@@ -266,7 +267,7 @@ class Run:
                 engine = accelerator(str(self.shop.device))
                 model = make_teacher(self.shop, engine, keep_going=keep_going, told=partial(self.board.training, "train")).frozen()
             test = self.shop.real.test
-            images = torch.from_numpy(test.images).float() / 255
+            images = floats(test.images)
             if model.generate is None and test.labels is not None:
                 figures = {"accuracy": accuracy(model, images, test.labels, 256)}
             elif model.infer is None:
@@ -284,7 +285,7 @@ class Run:
             with threads(self.recipe.compute.threads), stoppable() as keep_going:
                 engine = accelerator(str(self.shop.device))
                 net = make_prior(self.shop, engine, keep_going=keep_going, told=partial(self.board.training, "train")).eval()
-            images = torch.from_numpy(self.shop.real.test.images).float() / 255
+            images = floats(self.shop.real.test.images)
             with torch.no_grad():
                 decoded = torch.cat([net.vae.decode(net.encode(part)).sample.cpu() for part in images.split(256)]) / 2 + 0.5
             figures = {"reconstruction_mse": (decoded - images).pow(2).mean().item()}
@@ -313,6 +314,7 @@ class Run:
                     shard=section.shard,
                     identity=fingerprint(_plain({k: v for k, v in depends.items() if k != "surrogates"} | {"section": section})),
                     source=section.kind,
+                    pixels=shop.teacher.images.pixels,
                     steps=steps,
                     progress=partial(self.board.update, folder, total=section.n, detail="images"),
                 )
@@ -527,7 +529,7 @@ class Run:
     def _measure(self, section: config.Evaluate) -> tuple[dict[str, Any], dict[str, Any]]:
         recipe, shop, features = self.recipe, self.shop, self.features.features
         data: Dataset = shop.real
-        test = torch.from_numpy(data.test.images[: section.n]).float() / 255
+        test = floats(data.test.images[: section.n])
         n, k, shown = len(test), section.k, recipe.report.images if recipe.report else config.Report().images
         generates = shop.teacher.generate is not None
         real = self.features.of(test) if generates else None
@@ -543,7 +545,8 @@ class Run:
         arms = [arm.title for arm in recipe.arms]
         rows: dict[str, list[dict[str, float]]] = {name: [] for name in ("teacher", *arms)}
         floor: list[dict[str, float]] = []
-        pictures: dict[str, Any] = {"real": data.test.images[:shown], "input": data.test.images[:shown]}
+        sketch = Sketch(test, shop.teacher.images.pixels)
+        pictures: dict[str, Any] = dict.fromkeys(("real", "input"), sketch(test, shown))
         counts: dict[str, dict[str, float]] = {}
         drawn: torch.Tensor | None = None
         total, done = len(recipe.seeds) * (1 + len(arms)), 0
@@ -551,7 +554,7 @@ class Run:
             noise = Noise((recipe.seed, seed, "evaluate"))
             order = noise.permutation("floor", len(data.train.images)).numpy()[:n]
             if generates and len(order) > k:
-                floor.append(measured(torch.from_numpy(data.train.images[np.sort(order)]), "real against real"))
+                floor.append(measured(floats(data.train.images[np.sort(order)]), "real against real"))
             reference = None
             for name in rows:
                 job = None if name == "teacher" else Job(next(a for a in recipe.arms if a.title == name), seed)
@@ -566,25 +569,25 @@ class Run:
                     else:
                         figures["paired_mse"] = (generated - reference).double().pow(2).mean().item()
                     if seed == recipe.seeds[0]:
-                        pictures[f"samples/{name}"] = surrogate.to_uint8(generated[:shown])
+                        pictures[f"samples/{name}"] = sketch(generated, shown)
                 if shop.classes is not None and data.test.labels is not None:
                     figures["accuracy"] = accuracy(model, test, data.test.labels[:n], section.batch)
                 elif model.infer is not None:
                     outputs, found = reconstructions(model, test, noise, section.batch)
                     figures |= found
                     if seed == recipe.seeds[0]:
-                        pictures[f"reconstruction/{name}"] = surrogate.to_uint8(outputs[:shown])
+                        pictures[f"reconstruction/{name}"] = sketch(outputs, shown)
                 figures |= cost(model, section.latency_threads, section.latency_repeats)
                 rows[name].append(figures)
                 counts[name] = {"params": parameters(model.net), "size_mib": self._size_mib(job, model)}
                 done += 1
                 self.board.update("evaluate", done, total, name)
         made = self._synthesized
-        if made:
-            pictures |= _nearest(shop.surrogate(made[0])[:shown], data.train.images)
+        if made and sketch.each:
+            pictures |= _nearest(shop.surrogate(made[0])[:shown], data.train.images, sketch)
         surrogates: dict[str, dict[str, Any]] = {}
         for i, folder in enumerate(made):
-            surrogates[folder], arrays = self._of_surrogate(folder, test, real, drawn, 2 * shown)
+            surrogates[folder], arrays = self._of_surrogate(folder, sketch, real, drawn, 2 * shown)
             pictures |= arrays
             self.board.update("evaluate", i + 1, len(made), folder)
         environment = describe(shop.device) | {"threads": torch.get_num_threads(), "latency_threads": section.latency_threads}
@@ -608,20 +611,20 @@ class Run:
         return metrics, pictures
 
     def _of_surrogate(
-        self, folder: str, test: torch.Tensor, real: Any, drawn: torch.Tensor | None, shown: int
+        self, folder: str, sketch: Sketch, real: Any, drawn: torch.Tensor | None, shown: int
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The figures of a surrogate, and its first images with what they were made for, and its energies beside others'.
 
         Args:
             folder: within the run's.
-            test: held-out images ``(n, C, H, W)`` in [0, 1].
+            sketch: draws what is like the held-out images, which it holds.
             real: their features, or ``None``, without which there are no distances.
             drawn: samples of the teacher, or ``None`` where it does not generate.
             shown: images for the page.
         """
-        section, test_labels = self.recipe.synthesized[folder], self.shop.real.test.labels
+        section, test_labels, test = self.recipe.synthesized[folder], self.shop.real.test.labels, sketch.real
         images, columns = self.shop.surrogate(folder), surrogate.columns(self.folder / folder)
-        arrays: dict[str, Any] = {f"images/{folder}": images[:shown]}
+        arrays: dict[str, Any] = {f"images/{folder}": sketch(floats(images[: len(images) if not sketch.each else shown]), shown)}
         if section.classes and "label" in columns:
             names = dict(enumerate(section.classes))
             arrays[f"label/{folder}"] = np.array([names.get(label, str(label)) for label in columns["label"][:shown]])
@@ -641,7 +644,7 @@ class Run:
         }
         if real is not None:
             try:
-                figures["frechet"] = frechet(real, self.features.of(torch.from_numpy(images[: len(test)]).float() / 255))
+                figures["frechet"] = frechet(real, self.features.of(floats(images[: len(test)])))
             except ValueError as error:
                 raise BadInput(f"evaluate: {folder}: {build.reason(error)}") from None
         return figures, arrays
@@ -709,16 +712,17 @@ def _parts(images: Any, size: int = 256) -> Iterator[Any]:
         yield images[i : i + size]
 
 
-def _nearest(images: Any, real: Any) -> dict[str, Any]:
-    """The real image nearest to each surrogate image, by Euclidean distance of pixels in [0, 1]."""
-    a = torch.from_numpy(images).flatten(1).double() / 255
+def _nearest(images: Kept, real: Kept, sketch: Sketch) -> dict[str, Any]:
+    """The real image nearest to each surrogate image, by Euclidean distance of pixels in [0, 1], or of other values."""
+    a = floats(images).flatten(1).double()
     found, distances = [], []
     for row in a:
-        every = torch.cat([(torch.from_numpy(p).flatten(1).double() / 255 - row).norm(dim=1) for p in _parts(real, 8192)])
+        every = torch.cat([(floats(p).flatten(1).double() - row).norm(dim=1) for p in _parts(real, 8192)])
         distance, index = every.min(0)
         found.append(real[int(index)])
         distances.append(float(distance))
-    return {"surrogate": images, "nearest": np.stack(found), "nearest_distance": np.array(distances)}
+    shown = [sketch(floats(part), len(images)) for part in (images, np.stack(found))]
+    return {"surrogate": shown[0], "nearest": shown[1], "nearest_distance": np.array(distances)}
 
 
 def _spread(rows: list[dict[str, float]]) -> dict[str, Any]:

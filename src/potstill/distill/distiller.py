@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..divergence import Match, compare, negative_elbo
+from ..divergence import Match, compare, has_priors, log_density, negative_elbo
 from ..model import Model
 from ..noise import DrawnOnce, Noise, NoiseSource
 from ..trace import Point, Sampler, Trace, noise_of, run
@@ -190,6 +190,52 @@ class Elbo(nn.Module):
         x = self._model.images.encode(images)
         parts = negative_elbo(run(self._model.program("infer"), x, noise=noise), x)
         return {name: part if name == "out" else self.beta * warmup * part for name, part in parts.items()}
+
+
+class WakeSleep(nn.Module):
+    """How a model learns whose inference hands over no priors, such as a Helmholtz machine (Hinton et al., "The wake-sleep algorithm
+    for unsupervised neural networks", Science 1995).
+
+    Two KLs of joints, but for what learns in neither: awake, of what is inferred from data from the generator; asleep, of what the
+    generator dreams from the inference. Each trains one side alone, so no gradient has to pass a coin.
+
+    Args:
+        model: a model that infers and generates; inference observes what the generator draws at nodes of the same names.
+    """
+
+    def __init__(self, model: Model):
+        super().__init__()
+        self.net = model.net
+        self._model = model
+
+    def forward(self, noise: Noise, images: Tensor, warmup: float = 1.0) -> dict[str, Tensor]:
+        """``wake``, -log p(latents, data), and ``sleep``, -log q(dreamed latents), each ``(batch,)``, in nats.
+
+        Args:
+            noise: of the latents that are inferred, and of the dreams.
+            images: ``(batch, C, H, W)`` as data keep them.
+            warmup: for the signature of the ELBO; here nothing can empty the latents.
+        """
+        generate, infer = self._model.program("generate"), self._model.program("infer")
+        x, n = self._model.images.encode(images), len(images)
+        with torch.no_grad():
+            inferred = run(infer, x, noise=noise.fold("wake"))
+            seen = {name: node.value for name, node in inferred.latents().items()} | {"out": x}
+            dream = run(generate, noise=noise.fold("dream"), n=n, device=x.device)
+            dreamed = {name: node.value for name, node in dream.latents().items()}
+            # Read here, where no gradient is kept.
+            pictured = dream.output
+        awake = run(generate, noise=noise, n=n, given=seen, device=x.device)
+        asleep = run(infer, pictured, noise=noise, given=dreamed)
+        return {"wake": -log_density(awake.values()), "sleep": -log_density(asleep.latents().values())}
+
+
+def likelihood(model: Model, beta: float = 1.0) -> Elbo | WakeSleep:
+    """What a model is trained by on images alone: the ELBO where its inference knows every prior, else wake and sleep."""
+    x = model.images.encode(torch.full((2, *model.images.shape), 0.5, device=model.device))
+    with torch.no_grad():
+        closed = has_priors(run(model.program("infer"), x, noise=Noise((0,))))
+    return Elbo(model, beta) if closed else WakeSleep(model)
 
 
 class Classification(nn.Module):

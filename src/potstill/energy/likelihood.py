@@ -106,7 +106,8 @@ def typicality(
     for start in range(0, n, batch):
         rows = range(start, min(start + batch, n))
         drawn = run(teacher.program("generate"), noise=source.at(rows), n=len(rows), device=teacher.device)
-        x = teacher.images.decode(drawn.output if observe == "sample" else drawn.out.dist.mean).float().clamp(0, 1)
+        x = drawn.output if observe == "sample" else drawn.out.dist.mean
+        x = teacher.images.clip(teacher.images.decode(x).float())
         found.append(values(View(x, teacher, noise=source.fold("infer").at(rows))))
     typical = torch.cat(found)
     if not typical.isfinite().all():

@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..divergence import latent_kl, per_sample
+from ..divergence import has_priors, latent_kl, per_sample, sampled_kl
 from ..energy.view import Energy, Look
 from ..model import Model
 from ..noise import Noise
-from ..trace import run
+from ..trace import Point, run
 from . import distances
 from .cost import latency
 from .features import Features
@@ -36,9 +36,9 @@ def reconstructions(model: Model, x: Tensor, noise: Noise, batch: int) -> tuple[
         batch: images at a time.
 
     Returns:
-        The reconstructions, clipped to [0, 1], on the CPU, and ``reconstruction_mse`` (per pixel), ``kl`` (nats per image, all
-        latents) and ``nelbo``: |x - reconstruction|^2 / (2 std^2) + kl, the negative ELBO in nats per image without the Gaussian's
-        constant, where the output is a normal.
+        The reconstructions, pixels clipped to [0, 1], on the CPU, and ``reconstruction_mse`` (per pixel), ``kl`` (nats per image, all
+        latents; from one sample where inference knows no priors) and ``nelbo``, the negative ELBO in nats per image, where the output
+        has a density: |x - reconstruction|^2 / (2 std^2) + kl, without the Gaussian's constant, where that is a normal.
     """
     outputs, errors, divergences, distortions = [], [], [], []
     for i in range(0, len(x), batch):
@@ -46,12 +46,19 @@ def reconstructions(model: Model, x: Tensor, noise: Noise, batch: int) -> tuple[
         encoded = model.images.encode(part)
         trace = run(model.program("infer"), encoded, noise=noise.at(range(i, i + len(part))))
         mean = trace.out.dist.mean
-        output = model.images.decode(mean).clamp(0, 1)
+        output = model.images.clip(model.images.decode(mean))
         outputs.append(output.float().cpu())
         errors.append(per_sample((output - part) ** 2).cpu() / part[0].numel())
-        divergences.append(sum(latent_kl(trace).values(), torch.zeros(len(part), device=part.device)).cpu())
+        if has_priors(trace):
+            divergences.append(sum(latent_kl(trace).values(), torch.zeros(len(part), device=part.device)).cpu())
+        else:
+            given = {name: node.value for name, node in trace.latents().items()}
+            generative = run(model.program("generate"), noise=noise, n=len(part), given=given, device=model.device)
+            divergences.append(sampled_kl(trace, generative).cpu())
         if isinstance(trace.out.dist, torch.distributions.Normal):
             distortions.append(per_sample((encoded - mean) ** 2 / (2 * trace.out.dist.scale**2)).cpu())
+        elif not isinstance(trace.out.dist, Point):
+            distortions.append(-per_sample(trace.out.dist.log_prob(encoded)).cpu())
     kl = torch.cat(divergences)
     figures = {"reconstruction_mse": torch.cat(errors).double().mean().item(), "kl": kl.double().mean().item()}
     if distortions:

@@ -18,11 +18,13 @@ class Features:
 
     `extract` maps float32 images (batch, C, H, W) in [0, 1] to floating features (batch, d). It is called on the CPU's images, at most
     `batch` at a time, without gradients, and must treat each image by itself.
+    With `pixels` False it takes any finite numbers instead, those of data that are no pictures.
     """
 
     name: str
     extract: Callable[[Tensor], Tensor]
     batch: int = 256
+    pixels: bool = True
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -36,7 +38,7 @@ class Features:
         `images` is (n, C, H, W), either uint8, or floating in [0, 1]; it is brought to float32 in [0, 1].
         Raises ValueError where images are not so, or the features are not a finite floating (batch, d) with one d for all batches.
         """
-        _check_images(self.name, images)
+        _check_images(self.name, images, self.pixels)
         parts: list[NDArray[numpy.float32]] = []
         width: int | None = None
         for chunk in images.split(self.batch):
@@ -49,9 +51,25 @@ class Features:
         return numpy.concatenate(parts)
 
 
-def pixels() -> Features:
-    """The images themselves: C*H*W pixels in [0, 1] per row. No network needed; no idea of content either."""
-    return Features("pixels", _flatten)
+def pixels(bounded: bool = True) -> Features:
+    """The images themselves: C*H*W pixels in [0, 1] per row. No network needed; no idea of content either.
+
+    Without `bounded`, the values of data that are no pictures, as they are.
+    """
+    return Features("pixels", _flatten, pixels=bounded)
+
+
+def standardized(train: Tensor) -> Features:
+    """Each channel less its mean, in units of its standard deviation, both of training data (n, C, H, W): for data that are no pictures,
+    whose channels may have units of their own.
+
+    Raises ValueError where a channel does not vary.
+    """
+    axes = (0, 2, 3)
+    mean, std = train.double().mean(axes, keepdim=True), train.double().std(axes, keepdim=True)
+    if not (std > 0).all():
+        raise ValueError(f"features 'standardized': channel {int((std.flatten() == 0).nonzero()[0])} of the training data does not vary")
+    return Features("standardized", lambda x: ((x - mean) / std).float().flatten(1), pixels=False)
 
 
 def from_network(name: str, network: Callable[[Tensor], Tensor], batch: int = 256, device: str | torch.device = "cpu") -> Features:
@@ -92,7 +110,7 @@ def _evaluating(network: object) -> Iterator[None]:
             module.training = training
 
 
-def _check_images(name: str, images: Tensor) -> None:
+def _check_images(name: str, images: Tensor, pixels: bool) -> None:
     if not isinstance(images, Tensor) or images.ndim != 4 or len(images) == 0:
         found = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"features {name!r}: found images as {found}, expected a tensor (n, C, H, W) of at least one image")
@@ -100,6 +118,10 @@ def _check_images(name: str, images: Tensor) -> None:
         return
     if not images.is_floating_point():
         raise ValueError(f"features {name!r}: found images of type {images.dtype}, expected uint8, or floating in [0, 1]")
+    if not pixels:
+        if not images.isfinite().all():
+            raise ValueError(f"features {name!r}: found values that are not finite")
+        return
     low, high = float(images.min()), float(images.max())
     # Written so that NaN fails as well.
     if not (low >= 0.0 and high <= 1.0):

@@ -62,6 +62,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("kid", "KID", "lower", "kernel distance, unbiased, so that it may fall slightly below zero"),
     Metric("emd", "EMD", "lower", "cost of the optimal transport from generated to real features"),
     Metric("mmd", "MMD", "lower", "maximum mean discrepancy under a Gaussian kernel", "MMD"),
+    Metric("energy_distance", "Energy distance", "lower", "mean distance between real and generated features beyond that within each"),
     Metric("one_nn", "1-NN accuracy", "half", "how often the nearest neighbor tells real from generated", "1-NN"),
     Metric("precision", "Precision", "higher", "share of generated images that lie among real ones"),
     Metric("recall", "Recall", "higher", "share of real images that lie among generated ones"),

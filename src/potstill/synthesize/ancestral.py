@@ -43,7 +43,7 @@ class Ancestral:
         if self.observe == "mixed":
             share = noise.uniform("share of the output's noise", (n, *[1] * (x.dim() - 1)), x.device)
             x = torch.lerp(trace.out.dist.mean, x, share)
-        return teacher.images.decode(x).float().clamp(0, 1)
+        return teacher.images.clip(teacher.images.decode(x).float())
 
 
 @dataclass(frozen=True)

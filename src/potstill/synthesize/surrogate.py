@@ -1,4 +1,4 @@
-"""The surrogate data set on disk: parquet shards that ``datasets`` reads as images, and a manifest."""
+"""The surrogate data set on disk: parquet shards that ``datasets`` reads as images, or as lists of numbers, and a manifest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data import decode
+from ..data import Kept, decode
 from ..errors import BadInput, BrokenFile
 from ..noise import Noise
 from ..state import read_json, replacing, sha256, write_json
@@ -27,6 +27,8 @@ FORMAT = "potstill-surrogate/1"
 # What the datasets library stores in a parquet file it writes itself, so that it decodes the column as images.
 _IMAGE = {"image": {"_type": "Image"}}
 _FIELDS = {"image": pa.struct([("bytes", pa.binary()), ("path", pa.string())]), "row": pa.int64()}
+# What is no picture: a list of C lists of H lists of W numbers stands for the image.
+_VALUES = pa.list_(pa.list_(pa.list_(pa.float32())))
 # Of a shard's other columns: labels and texts that its images were made for, and an energy each.
 _MORE = {"label": pa.int64(), "prompt": pa.string()}
 _ENERGY = "energy."
@@ -93,6 +95,7 @@ def write(
     shard: int,
     identity: str,
     source: str,
+    pixels: bool = True,
     steps: Steps | None = None,
     progress: Callable[[int], None] = lambda done: None,
     keep_going: Callable[[], bool] = lambda: True,
@@ -108,6 +111,7 @@ def write(
         shard: images in a file.
         identity: fingerprint of all that the images depend on.
         source: what made them, for the manifest.
+        pixels: whether they are pictures, kept as uint8; other values are kept as float32.
         steps: told of the steps of the first batch; kept as ``steps.npz``.
         progress: told the number of images done.
         keep_going: asked before every batch; when it says no, ``KeyboardInterrupt`` is raised. Whole shards stay.
@@ -130,7 +134,7 @@ def write(
                 made = synthesis(part, noise)
                 if not made.images.isfinite().all():
                     raise BadInput("surrogate: the teacher gives NaN or infinite pixels; look at its weights")
-                for name, values in _columns(part, made).items():
+                for name, values in _columns(part, made, pixels).items():
                     columns.setdefault(name, []).extend(values)
                 progress(part.stop)
             table = _table(columns)
@@ -144,18 +148,18 @@ def write(
     write_json(folder / "manifest.json", {"format": FORMAT, "source": source, "images": n, "identity": identity, "shards": shards})
 
 
-def _columns(rows: Sequence[int], made: Made) -> dict[str, list[Any]]:
-    pixels = to_uint8(made.images)
-    columns: dict[str, list[Any]] = {
-        "image": [{"bytes": _png(p), "path": f"{row:08d}.png"} for row, p in zip(rows, pixels, strict=True)],
-        "row": list(rows),
-    }
+def _columns(rows: Sequence[int], made: Made, pixels: bool) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = {"row": list(rows)}
+    if pixels:
+        columns["image"] = [{"bytes": _png(p), "path": f"{row:08d}.png"} for row, p in zip(rows, to_uint8(made.images), strict=True)]
+    else:
+        columns["values"] = made.images.float().tolist()
     columns |= {name: values for name, values in (("label", made.labels), ("prompt", made.prompts)) if values is not None}
     return columns | {_ENERGY + name: part.float().tolist() for name, part in made.energies.items()}
 
 
 def _type(name: str) -> pa.DataType:
-    return pa.float32() if name.startswith(_ENERGY) else (_FIELDS | _MORE)[name]
+    return pa.float32() if name.startswith(_ENERGY) else (_FIELDS | _MORE | {"values": _VALUES})[name]
 
 
 def _table(columns: dict[str, list[Any]]) -> pa.Table:
@@ -163,14 +167,19 @@ def _table(columns: dict[str, list[Any]]) -> pa.Table:
 
 
 def _features(schema: pa.Schema) -> dict[str, Any]:
-    plain = {f.name: {"dtype": str(f.type).replace("float", "float32"), "_type": "Value"} for f in schema if f.name != "image"}
-    return {"info": {"features": _IMAGE | plain}}
+    number = {"dtype": "float32", "_type": "Value"}
+    special = _IMAGE | {
+        "values": {"feature": {"feature": {"feature": number, "_type": "Sequence"}, "_type": "Sequence"}, "_type": "Sequence"}
+    }
+    plain = {f.name: {"dtype": str(f.type).replace("float", "float32"), "_type": "Value"} for f in schema if f.name not in special}
+    return {"info": {"features": {f.name: special.get(f.name) or plain[f.name] for f in schema}}}
 
 
 def _is_ours(schema: pa.Schema) -> bool:
-    known = {*_FIELDS, *_MORE}
+    known = {*_FIELDS, *_MORE, "values"}
     names = schema.names
-    return {*_FIELDS} <= {*names} and all((n in known or n.startswith(_ENERGY)) and schema.field(n).type == _type(n) for n in names)
+    whole = "row" in names and ("image" in names) != ("values" in names)
+    return whole and all((n in known or n.startswith(_ENERGY)) and schema.field(n).type == _type(n) for n in names)
 
 
 def _is_done(path: Path, identity: str, rows: int) -> bool:
@@ -209,15 +218,18 @@ def _tables(folder: Path) -> Iterator[tuple[Path, pa.Table]]:
         yield path, table
 
 
-def read(folder: Path) -> npt.NDArray[np.uint8]:
-    """All images of a surrogate, ``(n, C, H, W)`` uint8, each shard checked against the manifest.
+def read(folder: Path) -> Kept:
+    """All images of a surrogate, ``(n, C, H, W)`` uint8, or float32 where they are no pictures, each shard checked against the manifest.
 
     Raises:
         BrokenFile: a shard is missing, changed, or no shard of ours; or the manifest is not one.
         BadInput: an image is corrupt or of another size.
     """
-    images: list[npt.NDArray[np.uint8]] = []
+    images: list[npt.NDArray[Any]] = []
     for path, table in _tables(folder):
+        if "values" in table.schema.names:
+            images += _values(table, path, images[0].shape if images else None)
+            continue
         for row, cell in enumerate(table["image"].to_pylist()):
             where = f"{path}, row {row}"
             if cell is None or cell["bytes"] is None:
@@ -231,6 +243,16 @@ def read(folder: Path) -> npt.NDArray[np.uint8]:
     return np.stack(images)
 
 
+def _values(table: pa.Table, path: Path, shape: tuple[int, ...] | None) -> list[npt.NDArray[np.float32]]:
+    try:
+        values = np.array(table["values"].to_pylist(), dtype=np.float32)
+    except (ValueError, TypeError):  # lists of unequal length, or nothing where a number should be
+        raise BrokenFile(f"{path}: values of unequal shapes") from None
+    if values.ndim != 4 or not np.isfinite(values).all() or shape not in (None, values.shape[1:]):
+        raise BrokenFile(f"{path}: values of shape {values.shape}; finite ones of one shape (C, H, W) are expected")
+    return list(values)
+
+
 def columns(folder: Path) -> dict[str, list[Any]]:
     """What is known of a surrogate's images beside their pixels: ``label``, ``prompt`` and ``energy.NAME``, where they are.
 
@@ -240,7 +262,7 @@ def columns(folder: Path) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     for _, table in _tables(folder):
         for name in table.schema.names:
-            if name not in _FIELDS:
+            if name not in _FIELDS and name != "values":
                 found.setdefault(name, []).extend(table[name].to_pylist())
     return found
 
