@@ -30,6 +30,7 @@ ORDER = [
     "state",
     "config",
     "glyphs",
+    "strokes",
     "data",
     "families",
     "importers",
@@ -49,7 +50,7 @@ ORDER = [
 ]
 CORE = {"errors", "noise", "trace", "divergence", "model"}
 CORE_FROM_OUTSIDE = {"torch"}
-DISTANCES = ("_arrays", "emd", "frechet", "mmd", "one_nn", "prdc")
+DISTANCES = ("_arrays", "emd", "energy_distance", "frechet", "mmd", "one_nn", "prdc")
 
 
 def name_of(file):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
@@ -93,7 +92,8 @@ class Workshop:
         """Real images, of the teacher's shape, or of the shape of what is trained."""
         if self.recipe.teacher is None or (self.recipe.train and isinstance(self.recipe.teacher, config.Trained)):
             section = self.recipe.train.model if self.recipe.train else None
-            return section and build.dataset(self.recipe.data, section.image, section.kind, not isinstance(section, config.NO_PICTURES))
+            pixels = not isinstance(section, config.NO_PICTURES)
+            return build.dataset(self.recipe.data, section.image, section.kind, pixels) if section else None
         return build.dataset(self.recipe.data, self.teacher.images.shape, "teacher", self.teacher.images.pixels)
 
     @cached_property
@@ -606,7 +606,7 @@ def make_prior(
         learns = train_only(net, {n for n, _ in net.named_parameters() if not n.startswith("vae.")})
         net.vae.eval()
         # All are encoded once: the autoencoder has learned what it will.
-        latents = torch.cat([net.encode(floats(part)).cpu() for part in np.array_split(split.images, -(-len(split.images) // 1024))])
+        latents = torch.cat([net.encode(part).cpu() for part in floats(split.images).split(1024)])
         net.scale.copy_(1 / latents.std())
         latents, tokens = latents * net.scale.cpu(), net.tokens(captions)
 

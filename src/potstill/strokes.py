@@ -26,7 +26,7 @@ def outline(digit: str, font: Font) -> Contours:
     from matplotlib.textpath import TextPath
 
     path = TextPath((0, 0), digit, size=100, prop=FontProperties(fname=str(folder() / font.file)))
-    contours = [polygon for polygon in path.to_polygons() if len(polygon) > _LEAST]
+    contours = [polygon for polygon in map(np.asarray, path.to_polygons()) if len(polygon) > _LEAST]
     every = np.concatenate(contours)
     low, high = every.min(0), every.max(0)
     scaled = [(polygon - (low + high) / 2) / (high[1] - low[1]) for polygon in contours]

@@ -55,7 +55,9 @@ def _(dist: Stroke, name: str, noise: NoiseSource) -> Tensor:
 
 @undraw.register
 def _(dist: Stroke, value: Tensor, name: str, noise: NoiseSource) -> Tensor | None:
-    u = undraw(dist.pen, value[:, :1], name, noise)
+    p = dist.pen.probs
+    u = noise.uniform(name, p.shape, p.device)
+    u = torch.where(value[:, :1] > 0.5, u * p, p + u * (1 - p))
     e = (value[:, 1:] - dist.offset.loc) / dist.offset.scale
     e = e / dist.temperature if dist.temperature else torch.zeros_like(e)  # at temperature 0 any noise gives the same offset
     return torch.cat([ndtri(u.clamp(_ALMOST_0, 1 - _ALMOST_0)).to(e.dtype), e], 1)

@@ -167,10 +167,10 @@ def _table(columns: dict[str, list[Any]]) -> pa.Table:
 
 
 def _features(schema: pa.Schema) -> dict[str, Any]:
-    number = {"dtype": "float32", "_type": "Value"}
-    special = _IMAGE | {
-        "values": {"feature": {"feature": {"feature": number, "_type": "Sequence"}, "_type": "Sequence"}, "_type": "Sequence"}
-    }
+    lists: dict[str, Any] = {"dtype": "float32", "_type": "Value"}
+    for _ in range(3):
+        lists = {"feature": lists, "_type": "Sequence"}
+    special = _IMAGE | {"values": lists}
     plain = {f.name: {"dtype": str(f.type).replace("float", "float32"), "_type": "Value"} for f in schema if f.name not in special}
     return {"info": {"features": {f.name: special.get(f.name) or plain[f.name] for f in schema}}}
 
