@@ -21,12 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from potstill.evaluate import _arrays, distances, emd, frechet, kid, mmd, one_nn, prdc
+from potstill.evaluate import _arrays, distances, emd, energy_distance, frechet, kid, mmd, one_nn, prdc
 from potstill.evaluate.features import Features, from_network, pixels
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "metrics.json").read_text())
-METRICS = [frechet, emd, mmd, kid, one_nn, prdc, distances]
-BLOCKWISE = [mmd, kid, one_nn, prdc]
+METRICS = [frechet, emd, mmd, energy_distance, kid, one_nn, prdc, distances]
+BLOCKWISE = [mmd, energy_distance, kid, one_nn, prdc]
 
 
 def draw(seed, n, m, d, shift=0.0, scale=1.0):
@@ -84,6 +84,7 @@ def test_distances_are_the_single_metrics_bit_for_bit():
         "kid": kid(x, y),
         "emd": emd(x, y),
         "mmd": mmd(x, y),
+        "energy_distance": energy_distance(x, y),
         "one_nn": one_nn(x, y),
         **prdc(x, y, k=3),
     }
@@ -252,6 +253,21 @@ def test_mmd_is_zero_on_itself_and_needs_a_reference_with_a_width():
     with pytest.raises(ValueError, match=r"x: found 9 equal rows, expected rows that differ"):
         mmd(numpy.full((9, 3), 0.1), x)
     assert mmd(x, numpy.full((9, 3), 0.1)) > 0.1
+
+
+def test_energy_distance_by_hand():
+    # Between: 1, 3, 0, 2. Within: 0, 1, 1, 0 and 0, 2, 2, 0.
+    assert energy_distance([[0.0], [1.0]], [[1.0], [3.0]]) == pytest.approx(2 * 6 / 4 - 2 / 4 - 4 / 4)
+
+
+def test_energy_distance_in_one_dimension_is_twice_the_squared_distance_of_distribution_functions():
+    """Székely's identity: 2 times the integral of (F - G)²."""
+    x, y = draw(31, 40, 25, 1, shift=0.4)
+    grid = numpy.sort(numpy.concatenate([x, y]).ravel()).astype(float)
+    f, g = (numpy.searchsorted(numpy.sort(s.ravel()), grid[:-1], side="right") / len(s) for s in (x, y))
+    assert energy_distance(x, y) == pytest.approx(2 * float(((f - g) ** 2 * numpy.diff(grid)).sum()), rel=1e-5)
+    assert energy_distance(x, x[::-1]) == pytest.approx(0, abs=1e-12)
+    assert energy_distance(x, y) == pytest.approx(energy_distance(y, x), rel=1e-12)
 
 
 def test_kid_from_the_definition():

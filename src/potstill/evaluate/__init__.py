@@ -24,8 +24,9 @@ def distances(x: Any, y: Any, k: int = 5) -> dict[str, float]:
     """Every metric of generated features `y` (m, d) against real features `x` (n, d), under its name in metrics.json.
 
     Keys: `frechet`, `frechet_sqrt`, `kid`, `emd`, `mmd`, `energy_distance`, `one_nn`, `precision`, `recall`, `density`, `coverage`. The
-    values are those of the functions of the same names, where their definitions stand; `frechet_sqrt` is the square root of `frechet`, and the last four
-    are `prdc` with k neighbors. Pairwise distances are computed once and held: 8 (n² + n m + m²) bytes, 25 MB for 1,024 rows each.
+    values are those of the functions of the same names, where their definitions stand; `frechet_sqrt` is the square root of `frechet`,
+    and the last four are `prdc` with k neighbors. Pairwise distances are computed once and held: 8 (n² + n m + m²) bytes, 25 MB for
+    1,024 rows each.
 
     Raises ValueError where x or y is not a finite array of that shape with at least two rows, the two differ in d, all rows of x are
     equal, or k is not a whole number from 1 to one less than the rows of each set; RuntimeError where `emd` finds no optimum.

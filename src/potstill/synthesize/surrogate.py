@@ -149,11 +149,12 @@ def write(
 
 
 def _columns(rows: Sequence[int], made: Made, pixels: bool) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {"row": list(rows)}
+    columns: dict[str, list[Any]] = {}
     if pixels:
         columns["image"] = [{"bytes": _png(p), "path": f"{row:08d}.png"} for row, p in zip(rows, to_uint8(made.images), strict=True)]
     else:
         columns["values"] = made.images.float().tolist()
+    columns["row"] = list(rows)
     columns |= {name: values for name, values in (("label", made.labels), ("prompt", made.prompts)) if values is not None}
     return columns | {_ENERGY + name: part.float().tolist() for name, part in made.energies.items()}
 
