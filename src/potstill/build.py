@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -24,7 +24,7 @@ from .energy.view import Energy
 from .errors import BadInput, Failed
 from .evaluate.cost import parameters
 from .families.classifier import Classifier, ResNet
-from .families.diffusion import TextToImage
+from .families.diffusion import TextToImage, UNet
 from .families.gan import GAN, Discriminator
 from .families.helmholtz import HelmholtzMachine
 from .families.lvae import LVAE
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(__file__).parent
 ZOO = PACKAGE / "zoo"
-Network = LVAE | VAE | GAN | Classifier | ResNet | HelmholtzMachine | VRNN
+Network = LVAE | VAE | GAN | Classifier | ResNet | UNet | HelmholtzMachine | VRNN
 _NET: TypeAdapter[config.Net] = TypeAdapter(config.Net)
 
 
@@ -113,6 +113,9 @@ def network(net: config.Net) -> Network:
                 return HelmholtzMachine(net.image, net.width, net.latent, net.std, net.mean, net.scale)
             case config.VRNNNet():
                 return VRNN(net.image, net.width, net.hidden, net.latent, net.std, net.temperature, net.mean, net.scale)
+            case config.UNetNet():
+                described = net.model_dump(exclude={"kind"})
+                return UNet(**described)
             case config.TextToImageNet():
                 raise BadInput(f"a {net.kind} model is a prior; it is trained, and is no teacher")
     except ValueError as error:
@@ -167,7 +170,7 @@ def locate(path: str) -> Path:
         from huggingface_hub import snapshot_download
 
         try:
-            return Path(snapshot_download(path, allow_patterns=["config.json", "model.safetensors"]))
+            return Path(snapshot_download(path, allow_patterns=["config.json", "model.safetensors", "model_index.json"]))
         except Exception as error:  # of the Hub, of the network, of the name: what is raised differs between its versions
             raise BadInput(
                 f"{path}: no such folder, and no model of that name could be had from the Hub ({type(error).__name__})"
@@ -176,12 +179,14 @@ def locate(path: str) -> Path:
 
 
 def pretrained(path: str) -> Network:
-    """A network from a folder that :meth:`save_pretrained` wrote, in eval mode.
+    """A network from a folder that :meth:`save_pretrained` wrote, or from one of a diffusers pipeline that denoises pixels, in eval mode.
 
     Raises:
         BadInput: no such folder, or what is in it is broken.
     """
     folder = locate(path)
+    if (folder / "model_index.json").exists():
+        return denoiser(path)
     described = read_json(folder / "config.json")
     if not isinstance(described, dict) or "family" not in described:
         raise BadInput(f"{folder / 'config.json'}: no family in it; a folder written by a potstill network's save_pretrained is expected")
@@ -198,6 +203,28 @@ def pretrained(path: str) -> Network:
     net = network(section)
     net.load_state_dict(tensors)
     return net.eval()
+
+
+def denoiser(path: str, steps: int | None = None, sampler: Literal["ddim", "ddpm"] | None = None) -> UNet:
+    """A network from a folder or Hub id in diffusers' layout: ``unet``, a UNet2DModel, and ``scheduler``.
+
+    Args:
+        path: folder, or Hub id.
+        steps: links of its chain; by default as its pipeline has it.
+        sampler: by default as its scheduler.
+
+    Raises:
+        BadInput: it cannot be loaded, or is of another layout.
+    """
+    prior = Prior.from_pretrained(path)
+    if prior.vae is not None or prior.texts or type(prior.unet).__name__ != "UNet2DModel":
+        raise BadInput(f"{path}: a diffusers pipeline of a UNet2DModel without autoencoder or text encoder is expected as a teacher")
+    try:
+        return UNet.of(prior.unet, prior.scheduler, steps, sampler)
+    except BadInput:
+        raise
+    except (ValueError, RuntimeError) as error:
+        raise BadInput(f"{path}: {reason(error)}") from None
 
 
 def allow(modules: Sequence[str]) -> None:
@@ -267,7 +294,8 @@ def teacher(section: config.Teacher, trained: Path, allowed: Sequence[str]) -> M
     model = loaded(section, trained, allowed)
     if model.generate is None and model.infer is None:
         raise BadInput(f"teacher: the {type(model.net).__name__} has neither a generate nor an infer program")
-    _check_output(model, "infer" if model.generate is None else "generate")
+    # A link is one call of the network; the whole chain may be a thousand.
+    _check_output(model, "link" if model.link is not None else "infer" if model.generate is None else "generate")
     return model
 
 
@@ -280,7 +308,7 @@ def loaded(section: config.Teacher, trained: Path, allowed: Sequence[str]) -> Mo
     model: Model
     match section:
         case config.Pretrained():
-            model = pretrained(section.path).model()
+            model = _pretrained_teacher(section).model()
         case config.Trained():
             if not (trained / "model.safetensors").exists():
                 raise BadInput("teacher: not trained yet; run the train stage first")
@@ -298,6 +326,25 @@ def loaded(section: config.Teacher, trained: Path, allowed: Sequence[str]) -> Mo
         case config.Python():
             model = _own_model(section.target, allowed, **section.arguments)
     return model.frozen()
+
+
+def _pretrained_teacher(section: config.Pretrained) -> Network:
+    folder = locate(section.path)
+    if (folder / "model_index.json").exists():
+        return denoiser(section.path, section.chain, section.sampler)
+    net = pretrained(section.path)
+    if section.sampler is not None:
+        raise BadInput(f"teacher.sampler: is of a diffusers folder; {section.path} has its own")
+    if section.chain is None:
+        return net
+    if not isinstance(net, UNet):
+        raise BadInput(f"teacher.chain: is of a diffusion or flow model; {section.path} is a {type(net).__name__}")
+    try:
+        longer = net.shrunk(net.width, section.chain)
+    except ValueError as error:
+        raise BadInput(f"teacher.chain: {error}") from None
+    longer.load_state_dict(net.state_dict())
+    return longer.eval()
 
 
 def _check_output(teacher: Model, program: str) -> None:
@@ -332,15 +379,24 @@ def width_for(net: Network, ratio: float, encoder: bool = False) -> int:
     return min((low, high), key=lambda w: abs(count(w) - goal))
 
 
-def _shrunk(net: Network, width: int, encoder: bool) -> Network:
+def _shrunk(net: Network, width: int, encoder: bool, chain: int | None = None) -> Network:
+    if isinstance(net, UNet):
+        return net.shrunk(width, chain)
     return net.shrunk(width, encoder or None) if isinstance(net, GAN) else net.shrunk(width)
 
 
-def student(section: config.Student, of: Model, seed: int, allowed: Sequence[str]) -> Model:
+def student(section: config.Student, of: Model, seed: int, allowed: Sequence[str], chain: int | None = None) -> Model:
     """A fresh student of a teacher, its weights drawn from the seed.
 
+    Args:
+        section: of the recipe.
+        of: the teacher.
+        seed: of the weights.
+        allowed: modules that code may come from.
+        chain: links of its chain, where it is another than the teacher's.
+
     Raises:
-        BadInput: it is wider than the teacher, or makes images of another shape.
+        BadInput: it is wider than the teacher, makes images of another shape, or has no chain.
     """
     if section.target is not None:
         target = section.target
@@ -356,7 +412,12 @@ def student(section: config.Student, of: Model, seed: int, allowed: Sequence[str
         width = section.width if section.width is not None else width_for(net, section.ratio or 1, section.encoder)
         if width > net.width:
             raise BadInput(f"student: width {width} is wider than the teacher's {net.width}")
-        model = born(seed, "student", lambda: _shrunk(net, width, section.encoder)).model()
+        try:
+            model = born(seed, "student", lambda: _shrunk(net, width, section.encoder, chain)).model()
+        except ValueError as error:
+            raise BadInput(f"student: {error}") from None
+    if chain is not None and not isinstance(model.net, UNet):
+        raise BadInput(f"student: an arm's chain is of a diffusion or flow model of potstill's own; it is a {type(model.net).__name__}")
     if tuple(model.images.shape) != tuple(of.images.shape):
         raise BadInput(f"student: makes images of {tuple(model.images.shape)}, the teacher of {tuple(of.images.shape)}")
     if model.images.pixels != of.images.pixels:

@@ -268,18 +268,40 @@ class TextToImageNet(Section):
     text: Annotated[int, Field(ge=8, multiple_of=8, le=2**14), _NUMERIC] = Field(default=64, description="width of the text encoder")
 
 
+class UNetNet(Section):
+    """Denoiser of pixels, diffusers' ``UNet2DModel``, with the chain that samples from it: a diffusion or a flow model."""
+
+    kind: Literal["unet"]
+    image: ImageShape
+    width: Count = Field(default=64, description="channels of the first level")
+    multipliers: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=8)] = Field(
+        default=(1, 2), description="channels of each level, in units of the width; each level but the first halves the image"
+    )
+    layers: Count = Field(default=1, description="residual blocks in a level")
+    prediction: Literal["epsilon", "v", "sample", "flow"] = "epsilon"
+    sampler: Literal["ddim", "ddpm"] = Field(default="ddim", description="a flow takes Euler's steps")
+    steps: Annotated[int, Field(ge=1, le=2**16), _NUMERIC] = Field(default=50, description="links of its chain")
+    clip: bool = Field(default=True, description="predicted images to their range at every link; has no part in a flow")
+    schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    betas: tuple[Annotated[float, Field(gt=0, lt=1), _NUMERIC], Annotated[float, Field(gt=0, lt=1), _NUMERIC]] = (1e-4, 0.02)
+    times: Annotated[int, Field(ge=1, le=2**16), _NUMERIC] = Field(default=1000, description="at which it is trained; of no part in a flow")
+    arguments: Arguments | None = Field(default=None, description="further ones of UNet2DModel, such as down_block_types")
+
+
 Net = Annotated[
-    LVAENet | VAENet | GANNet | ClassifierNet | ResNetNet | HelmholtzNet | VRNNNet | TextToImageNet, Field(discriminator="kind")
+    LVAENet | VAENet | GANNet | ClassifierNet | ResNetNet | UNetNet | HelmholtzNet | VRNNNet | TextToImageNet, Field(discriminator="kind")
 ]
 CLASSIFIERS = (ClassifierNet, ResNetNet)
 NO_PICTURES = (HelmholtzNet, VRNNNet)  # their data are points and strokes
 
 
 class Pretrained(Section):
-    """A folder written by ``save_pretrained``, ``zoo:NAME``, or a Hub id."""
+    """A folder written by ``save_pretrained``, ``zoo:NAME``, or a Hub id; or a folder of a diffusers pipeline that denoises pixels."""
 
     kind: Literal["pretrained"]
     path: Text
+    chain: Count | None = Field(default=None, description="links of a diffusion or flow teacher's chain; by default its own")
+    sampler: Literal["ddim", "ddpm"] | None = Field(default=None, description="of a diffusers folder; by default as its scheduler")
 
 
 class Trained(Section):
@@ -626,6 +648,20 @@ class Encoder(Training):
         return self
 
 
+class Link(Training):
+    """Phase of a chain too long to unroll, such as diffusion: one random link per sample, with the teacher's prediction as target."""
+
+    rules: tuple[Rule, ...] = (Rule(nodes="prediction", by="mse", reduce="mean"),)
+    replay: Pattern = Field(default="*", description="pattern of nodes at which the student takes the teacher's values")
+    share: Pattern = Field(default="*", description="pattern of nodes at which the student gets the teacher's noise")
+    start: Name = Field(
+        default="noise",
+        description="what a data-free arm's links begin with: the teacher's own unfinished images, on their way from noise, in a pool; "
+        "or finished images, noised again: surrogate for those of the arm's own, or the name of one of surrogates",
+    )
+    pool: Annotated[int, Field(ge=2, lt=2**31), _NUMERIC] = Field(default=1024, description="unfinished images that are kept")
+
+
 class Scratch(Training):
     """The one phase of a student without a teacher, on real images.
 
@@ -641,9 +677,11 @@ class Distill(Section):
     """The two phases of a distilled student, and the one of a student from scratch.
 
     ``infer: null`` leaves the encoder as it was born. ``generate: null`` is for classifiers, and for autoencoders whose prior
-    cannot be sampled: the one phase "infer" then trains all that inference uses, on images.
+    cannot be sampled: the one phase "infer" then trains all that inference uses, on images. ``link`` is for diffusion and flow,
+    where it comes first: "generate" after it unrolls the student's chain, and distills a short one from a long one.
     """
 
+    link: Link | None = None
     generate: Generator | None = Generator()
     infer: Encoder | None = Encoder()
     scratch: Scratch = Scratch()
@@ -652,6 +690,13 @@ class Distill(Section):
         description="parts that the data-free phase infer is done in; before each but the first, surrogates with the energy disagreement "
         "are made again against the student, and join the images",
     )
+
+    def generators(self, arm: Arm) -> tuple[tuple[str, Link | Generator], ...]:
+        """The phases of a distilled arm that train the student's generator, in order, by name."""
+        if arm.kind == "scratch":
+            return ()
+        given = (("link", self.link), ("generate", self.generate if arm.generate else None))
+        return tuple((name, section) for name, section in given if section is not None)
 
 
 def _listed(value: Any) -> Any:
@@ -662,7 +707,7 @@ class Arm(Section):
     """One row of the table: a way to make the student.
 
     ``data_free`` sees no data. ``with_data`` is distilled on real images by the same losses. ``scratch`` has no teacher: the
-    ELBO, or a classifier's cross-entropy, on real images.
+    ELBO, or a classifier's cross-entropy, on real images, or where it names surrogates on theirs.
     """
 
     kind: Literal["data_free", "with_data", "scratch"]
@@ -670,17 +715,24 @@ class Arm(Section):
     steps: Count | None = Field(default=None, description="updates of the first phase, where this arm's differ from the recipe's")
     replay: Pattern | None = None
     share: Pattern | None = None
-    start: Name | None = Field(default=None, description="of the phase generate, where this arm's differs")
+    start: Name | None = Field(default=None, description="of the first of the phases link and generate, where this arm's differs")
+    chain: Count | None = Field(default=None, description="links of the student's chain, where it is to be shorter than the teacher's")
     adversarial: Adversarial | None = Field(default=None, description="of the phase generate, where this arm's differs")
     surrogate: Annotated[tuple[Name, ...], Field(min_length=1), BeforeValidator(_listed)] | None = Field(
         default=None, description="one of the recipe's surrogates by name, or several put together; by default the section surrogate"
     )
+    generate: bool = Field(default=True, description="whether a distilled arm has the phase generate")
     infer: bool = Field(default=True, description="whether a distilled arm's encoder is trained too")
 
     @property
     def title(self) -> str:
         """The row's name in metrics.json."""
         return self.name or f"student_{self.kind}"
+
+    @property
+    def real(self) -> bool:
+        """Whether it trains on real images."""
+        return self.kind == "with_data" or (self.kind == "scratch" and self.surrogate is None)
 
     @model_validator(mode="before")
     @classmethod
@@ -691,7 +743,7 @@ class Arm(Section):
     def _fits(self) -> Arm:
         if self.kind == "scratch" and (self.replay is not None or self.share is not None or self.adversarial is not None):
             raise ValueError("replay, share and adversarial are of distilled arms; a scratch arm has no teacher")
-        if self.kind != "data_free" and (self.start is not None or self.surrogate is not None):
+        if self.kind != "data_free" and (self.start is not None or (self.surrogate is not None and self.kind != "scratch")):
             raise ValueError("start and surrogate are of data_free arms; the others have real images")
         if self.title == "teacher":
             raise ValueError("an arm cannot be named teacher, which is the teacher's own row")
@@ -761,16 +813,21 @@ class Recipe(Section):
         """Folders of the surrogates whose images a phase of an arm begins with: none where it has real images, or noise alone."""
         distill = self.distill or Distill()
         own = tuple(f"surrogates/{name}" for name in arm.surrogate) if arm.surrogate else ("surrogate",)
-        if arm.kind != "data_free":
+        if arm.real:
             return ()
-        if phase == "generate":
-            start = (arm.start or distill.generate.start) if distill.generate else "noise"
-            return {"noise": (), "surrogate": own}.get(start, (f"surrogates/{start}",))
-        return own if distill.infer is not None and arm.infer and distill.infer.start == "surrogate" else ()
+        if phase == "infer":
+            return own if distill.infer is not None and arm.infer and distill.infer.start == "surrogate" and arm.kind == "data_free" else ()
+        if phase == "scratch":
+            return own if arm.kind == "scratch" else ()
+        section = next((found for name, found in distill.generators(arm) if name == phase), None)
+        if section is None:
+            return ()
+        start = arm.start if arm.start and distill.generators(arm)[0][0] == phase else section.start
+        return {"noise": (), "surrogate": own}.get(start, (f"surrogates/{start}",))
 
     def every_image_of(self, arm: Arm) -> tuple[str, ...]:
         """Folders of all surrogates that an arm trains on."""
-        return tuple(dict.fromkeys(self.images_of(arm, "generate") + self.images_of(arm, "infer")))
+        return tuple(dict.fromkeys(f for phase in ("link", "generate", "infer", "scratch") for f in self.images_of(arm, phase)))
 
     @field_validator("seeds", "arms")
     @classmethod
@@ -800,19 +857,18 @@ class Recipe(Section):
             problems.append("distill: needs a teacher")
         if self.distill and not self.student:
             problems.append("distill: needs a student")
-        kinds = {arm.kind for arm in self.arms}
         for arm in self.arms if self.distill else ():
             if unknown := [f for f in self.every_image_of(arm) if f not in self.synthesized]:
                 if name := unknown[0].partition("/")[2]:
                     known = ", ".join(self.surrogates) or "none"
                     problems.append(f"arm {arm.title}: surrogate {name} is not among surrogates, which has {known}")
                     continue
-                phase = "infer" if "surrogate" in self.images_of(arm, "infer") else "generate"
+                phase = next(p for p in ("infer", "generate", "link", "scratch") if "surrogate" in self.images_of(arm, p))
                 way_out = ", or infer: null" if phase == "infer" and self.distill and self.distill.generate else ""
                 problems.append(f"distill.{phase}: trains on surrogate images and needs a surrogate section{way_out}")
                 break
-        if self.distill and not self.distill.generate:
-            for arm in self.arms:
+        for arm in self.arms if self.distill else ():
+            if self.distill and not self.distill.generators(arm):
                 if arm.kind != "scratch" and not (self.distill.infer and arm.infer):
                     problems.append(f"arm {arm.title}: without generate and infer it has no phase")
                 if any(v is not None for v in (arm.replay, arm.share, arm.start, arm.adversarial)):
@@ -826,7 +882,7 @@ class Recipe(Section):
             and (not compares or not self.distill.infer or self.distill.infer.steps < self.distill.rounds)
         ):
             problems.append("distill.rounds: needs a surrogate with the energy disagreement, and a phase infer with a step for each round")
-        if self.distill and not self.data and kinds != {"data_free"}:
+        if self.distill and not self.data and any(arm.real for arm in self.arms):
             problems.append("arms: with_data and scratch need data")
         if self.evaluate and not self.distill:
             problems.append("evaluate: needs distill")
@@ -980,7 +1036,7 @@ def _dotted(location: Sequence[int | str]) -> str:
     """The path as the user wrote it: without the names that pydantic gives to the members of a union."""
     unions, tags = (
         {"data", "teacher", "net", "model", "surrogate"},
-        {"digits", "folder", "parquet", "npz", "lvae", "vae", "gan", "classifier", "resnet", "glyphs", "text_to_image"},
+        {"digits", "folder", "parquet", "npz", "lvae", "vae", "gan", "classifier", "resnet", "unet", "glyphs", "text_to_image"},
     )
     tags |= {"kd4dgm", "transformers", "pythae", "values", "old_faithful", "strokes", "helmholtz", "vrnn"}
     tags |= {"pretrained", "trained", "weights", "python", "ancestral", "uniform", "inversion", "latent", "guided"}

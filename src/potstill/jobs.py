@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
@@ -22,18 +23,21 @@ from .distill.adversary import AdversarialTraining, Adversary
 from .distill.augment import augmented
 from .distill.distiller import Classification, Distiller, Encoding, likelihood, reached, train_only
 from .distill.loop import Batch, Log, Phase, fit
+from .distill.pool import OnlineLinks
 from .divergence import total
 from .errors import BadInput, BrokenFile, Locked
 from .evaluate.cost import parameters
+from .families.chain import DenoisingLoss
 from .families.classifier import classes_of
-from .families.diffusion import Autoencoding, Denoising, TextToImage
+from .families.diffusion import Autoencoding, Denoising, TextToImage, chain_of
 from .families.gan import GAN
-from .model import Model
+from .model import Model, kept_for_gradient
 from .noise import Noise
 from .state import States, digest_of, fingerprint, lock, os_error, publish, read_json, save_tensors, sha256, write_json
 from .synthesize import surrogate
 from .synthesize.prior import Prompts
 from .synthesize.synthesis import Synthesis, Synthesizer, Watch
+from .trace import run
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -119,7 +123,7 @@ class Workshop:
 
     def images_of(self, arm: config.Arm, phase: str) -> Kept | None:
         """What a phase of an arm begins with: real images, its surrogates put together, or ``None``, noise alone."""
-        if arm.kind != "data_free":
+        if arm.real:
             return self.real.train.images
         folders = self.recipe.images_of(arm, phase)
         return np.concatenate([self.surrogate(folder) for folder in folders]) if folders else None
@@ -145,15 +149,15 @@ class Workshop:
             raise BadInput(f"{folder}.classes: {classes or 'none'} given, but the teacher tells {self.classes} apart; name every class")
         return Synthesis(synthesizer, self.teacher, energy, classes, student, prompts.of if prompts else None, watch)
 
-    def student(self, seed: int) -> Model:
+    def student(self, job: Job) -> Model:
         """A fresh student."""
-        return self.student_of(self.teacher, seed)
+        return self.student_of(self.teacher, job.seed, job.arm.chain)
 
-    def student_of(self, teacher: Model, seed: int) -> Model:
-        """A fresh student of that teacher."""
+    def student_of(self, teacher: Model, seed: int, chain: int | None = None) -> Model:
+        """A fresh student of that teacher, of a chain of so many links where it has another than its teacher's."""
         if self.recipe.student is None:
             raise BadInput("the recipe names no student")
-        model = build.student(self.recipe.student, teacher, seed, self.allowed)
+        model = build.student(self.recipe.student, teacher, seed, self.allowed, chain)
         model.net.to(self.device, memory_format=torch.channels_last)  # convolutions run up to twice as fast
         return model
 
@@ -200,7 +204,7 @@ def updates(recipe: config.Recipe, arm: config.Arm) -> dict[str, int]:
     distill = recipe.distill or config.Distill()
     if arm.kind == "scratch":
         return {"scratch": arm.steps or distill.scratch.steps}
-    phases = {"generate": distill.generate.steps} if distill.generate else {}
+    phases = {name: section.steps for name, section in distill.generators(arm)}
     if distill.infer and arm.infer:
         phases["infer"] = distill.infer.steps
     if arm.steps:
@@ -259,7 +263,8 @@ def adversary_of(recipe: config.Recipe, arm: config.Arm, student: Model, seed: i
     distill = recipe.distill or config.Distill()
     if arm.kind == "scratch":
         return build.adversary(distill.scratch.discriminator, student, seed) if trained_adversarially(student) else None
-    section = arm.adversarial or (distill.generate and distill.generate.adversarial)
+    generate = distill.generate if arm.generate else None
+    section = arm.adversarial or (generate and generate.adversarial)
     return build.adversary(section, student, seed) if section else None
 
 
@@ -272,11 +277,12 @@ def _objective(
     distill: config.Distill, arm: config.Arm, name: str, teacher: Model, student: Model, adversary: Adversary | None
 ) -> Distiller | Encoding:
     """What the phase of that name trains."""
-    if name == "generate":
-        generate = distill.generate or config.Generator()
-        replay = arm.replay if arm.replay is not None else generate.replay
-        share = arm.share if arm.share is not None else generate.share
-        return Distiller(teacher, student, build.rules(generate.rules), "generate", replay, share, adversary=adversary)
+    for position, (program, section) in enumerate(distill.generators(arm)):
+        if program == name:
+            replay = arm.replay if arm.replay is not None and position == 0 else section.replay
+            share = arm.share if arm.share is not None and position == 0 else section.share
+            against = adversary if program == "generate" else None
+            return Distiller(teacher, student, build.rules(section.rules), program, replay, share, adversary=against)
     infer = distill.infer or config.Encoder()
     if student.infer is None and isinstance(student.net, GAN):
         raise BadInput(f"arm {arm.title}, infer: the student has no encoder; set student.encoder: true, or infer: null")
@@ -286,13 +292,30 @@ def _objective(
     return Distiller(teacher, student, build.rules(rules), "infer", infer.replay, elbo=elbo)
 
 
-def _learns(distill: config.Distill, student: Model, name: str) -> set[str]:
+def _pool(recipe: config.Recipe, arm: config.Arm, teacher: Model, student: Model, seed: int, size: int | None = None) -> OnlineLinks | None:
+    """What the phase "link" of an arm trains where the teacher's links begin with noise; ``None`` where they begin with images."""
+    link = recipe.distill and recipe.distill.link
+    if not link or arm.kind != "data_free" or recipe.images_of(arm, "link"):
+        return None
+    chain = chain_of(teacher)
+    if chain is None:
+        raise BadInput(
+            f"distill.link.start: noise is for teachers with a chain of potstill's own, and this is a {type(teacher.net).__name__}; "
+            "name a surrogate"
+        )
+    noise = Noise((recipe.seed, seed, "pool"))
+    return OnlineLinks(teacher, student, chain, build.rules(link.rules), size or link.pool, noise)
+
+
+def _learns(distill: config.Distill, arm: config.Arm, student: Model, name: str) -> set[str]:
     """Names of the parameters that the phase of that name trains.
 
     They are the generator's, then those that only inference uses; all that inference uses where no phase trains the generator.
     """
-    before = reached(student, "generate") if distill.generate else set()
-    return before if name == "generate" else reached(student, "infer") - before
+    # A link and the chain that it is of use the same network.
+    generator = "generate" if student.link is None else "link"
+    before = reached(student, generator) if distill.generators(arm) else set()
+    return reached(student, "infer") - before if name == "infer" else before
 
 
 def check_augment(augment: config.Augment | None, shape: tuple[int, ...], where: str) -> None:
@@ -303,6 +326,29 @@ def check_augment(augment: config.Augment | None, shape: tuple[int, ...], where:
     """
     if augment and augment.shift >= min(shape[-2:]):
         raise BadInput(f"{where}.augment.shift: {augment.shift} pixels, but images are {shape[-2]}x{shape[-1]}")
+
+
+def check_unrolled(student: Model, batch: int) -> None:
+    """See that the gradient of a student's whole chain fits in the memory that is free.
+
+    Raises:
+        BadInput: it does not.
+    """
+    chain = chain_of(student)
+    if chain is None:
+        return
+    x = torch.zeros((2, *chain.image), device=student.device)
+    needed = kept_for_gradient(lambda: run(chain.link, x, noise=Noise()).out.dist) // 2 * chain.steps * batch
+    if student.device.type == "cuda":
+        free = torch.cuda.mem_get_info(student.device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    if needed > free:
+        raise BadInput(
+            f"distill.generate: a chain of {chain.steps:,} links is too long to unroll: the gradient of a batch of {batch} keeps about "
+            f"{needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free; set generate: null and train by distill.link, one link at a "
+            "time, lower the batch, or give the arm a shorter chain"
+        )
 
 
 def _check_labels(student: Model, classes: int) -> None:
@@ -323,7 +369,7 @@ def rehearse(shop: Workshop, teacher: Model) -> None:
     distill = shop.recipe.distill or config.Distill()
     if distill.generate and teacher.generate is None:
         raise BadInput(f"distill.generate: the teacher, a {type(teacher.net).__name__}, does not generate; set generate: null")
-    for phase in ("generate", "infer", "scratch"):
+    for phase in ("link", "generate", "infer", "scratch"):
         section = getattr(distill, phase)
         check_augment(section and section.augment, teacher.images.shape, f"distill.{phase}")
     student, classes = shop.student_of(teacher, 0), classes_of(teacher)
@@ -333,19 +379,28 @@ def rehearse(shop: Workshop, teacher: Model) -> None:
 
     labels = torch.zeros(2, dtype=torch.int64, device=shop.device)
 
-    def scratch(adversary: Adversary | None) -> dict[str, Tensor]:
+    def scratch(student: Model, adversary: Adversary | None) -> dict[str, Tensor]:
         if adversary is not None:
             return AdversarialTraining(student, adversary)(noise, gray, labels)
+        if chain := chain_of(student):
+            return DenoisingLoss(student.net, chain)(noise, gray)
         return likelihood(student)(noise, gray) if classes is None else Classification(student)(noise, gray, labels)
 
     for arm in shop.recipe.arms:
+        student = shop.student_of(teacher, 0, arm.chain)
+        if arm.kind == "scratch" and arm.surrogate and classes is not None:
+            raise BadInput(f"arm {arm.title}: a surrogate has no labels, which a classifier needs")
         adversary = adversary_of(shop.recipe, arm, student, 0)
         for name in updates(shop.recipe, arm):
+            plain = _plain_name(name)
+            if plain == "generate" and distill.generate:
+                check_unrolled(student, distill.generate.batch)
             try:
                 if name == "scratch":
-                    losses, learns = scratch(adversary), {n for n, _ in student.net.named_parameters()}
+                    losses, learns = scratch(student, adversary), {n for n, _ in student.net.named_parameters()}
+                elif plain == "link" and (pool := _pool(shop.recipe, arm, teacher, student, 0, 2)):
+                    losses, learns = pool(noise, torch.arange(2)), _learns(distill, arm, student, plain)
                 else:
-                    plain = _plain_name(name)
                     images = gray if arm.kind != "data_free" or shop.recipe.images_of(arm, plain) else None
                     if plain == "generate" and images is not None and teacher.infer is None:
                         raise BadInput(
@@ -353,7 +408,7 @@ def rehearse(shop: Workshop, teacher: Model) -> None:
                             "infer the noise behind them; use data_free arms that start from noise"
                         )
                     losses = _objective(distill, arm, plain, teacher, student, adversary)(noise, images, 2)
-                    learns = _learns(distill, student, plain)
+                    learns = _learns(distill, arm, student, plain)
                 shape = tuple(total(losses).shape) if losses else None
             except BadInput:
                 raise
@@ -381,7 +436,7 @@ def _distilled(
     keep_going: Callable[[], bool],
 ) -> Callable[[str], Phase]:
     arm, teacher = job.arm, shop.teacher
-    sections: dict[str, config.Training | None] = {"generate": distill.generate, "infer": distill.infer}
+    sections: dict[str, config.Training | None] = {"link": distill.link, "generate": distill.generate, "infer": distill.infer}
     counts = updates(shop.recipe, arm)
 
     def phase(name: str) -> Phase:
@@ -393,13 +448,15 @@ def _distilled(
         assert section is not None  # or it would be no phase of the arm's
         section = section.model_copy(update={"steps": counts[name]})
         load = None if pool is None else _loader(pool, shop.device, section.augment)
+        learns = train_only(student.net, _learns(distill, arm, student, plain))
+        if plain == "link" and (online := _pool(shop.recipe, arm, teacher, student, job.seed)):
+            return Phase(name, online, lambda module, batch: module(batch.noise, batch.index), learns, section, len(online.x))
 
         def loss(module: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
             losses: dict[str, Tensor] = module(batch.noise, load(batch) if load else None, batch.n)
             return losses
 
         objective = _objective(distill, arm, plain, teacher, student, adversary)
-        learns = train_only(student.net, _learns(distill, student, plain))
         learns += _own(adversary) if plain == "generate" else []
         return Phase(name, objective, loss, learns, section, 0 if pool is None else len(pool))
 
@@ -442,8 +499,9 @@ def _from_scratch(
     training: config.Scratch | config.Train,
     name: str,
     classifier: bool,
+    surrogate: Kept | None = None,
 ) -> Callable[[str], Phase]:
-    train = shop.real.train
+    train = shop.real.train if surrogate is None else Split(surrogate, None)
     load = _loader(train.images, shop.device, training.augment)
 
     def elbo(module: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -462,6 +520,9 @@ def _from_scratch(
         if adversary is not None:
             objective = AdversarialTraining(model, adversary)
             return Phase(name, objective, with_labels, parameters + _own(adversary), training, len(train.images))
+        if chain := chain_of(model):
+            denoising = DenoisingLoss(model.net, chain)
+            return Phase(name, denoising, lambda module, batch: module(batch.noise, load(batch)), parameters, training, len(train.images))
         return Phase(name, likelihood(model, training.beta), elbo, parameters, training, len(train.images))
 
     return phase
@@ -479,11 +540,14 @@ def make_student(
     """Train one student and write it to ``students/ARM/seed-S``; go on from its saved state where there is one."""
     recipe = shop.recipe
     distill = recipe.distill or config.Distill()
-    student = shop.student(job.seed)
+    student = shop.student(job)
     adversary = adversary_of(recipe, job.arm, student, job.seed)
     if job.arm.kind == "scratch":
         section = distill.scratch.model_copy(update={"steps": job.arm.steps or distill.scratch.steps})
-        phases = _from_scratch(shop, student, adversary, section, "scratch", shop.classes is not None)
+        images = None if job.arm.real else shop.images_of(job.arm, "scratch")
+        phases = _from_scratch(shop, student, adversary, section, "scratch", shop.classes is not None, images)
+    elif engine.num_processes > 1 and "link" in updates(recipe, job.arm) and _pool(recipe, job.arm, shop.teacher, student, 0, 2):
+        raise BadInput("distill.link.start: noise keeps its unfinished images in one process; run without torchrun, or name a surrogate")
     else:
         phases = _distilled(shop, job, identity, student, adversary, distill, keep_going)
     states = States(states_of(shop.folder) / job.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,22 @@ from torch import Tensor, nn
 
 from .noise import NoiseSource
 from .trace import Program, run
+
+
+def kept_for_gradient(call: Callable[[], object]) -> int:
+    """Bytes that ``call()`` keeps until its gradient is computed, parameters aside."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if not isinstance(tensor, nn.Parameter):
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = call()
+    del result  # until here, or memory that is free again would be counted once for all that is put there
+    return sum(kept.values())
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,9 @@ from .evaluate.cost import file_mib, parameters
 from .evaluate.features import pixels
 from .evaluate.frechet import frechet
 from .evaluate.sketch import Sketch
+from .families.chain import DenoisingLoss
 from .families.classifier import classes_of
+from .families.diffusion import chain_of
 from .jobs import (
     Job,
     Workshop,
@@ -179,7 +181,7 @@ class Run:
     @property
     def _data_needed(self) -> bool:
         """Whether distill trains on real images."""
-        return any(arm.kind != "data_free" for arm in self.recipe.arms)
+        return any(arm.real for arm in self.recipe.arms)
 
     @property
     def _images_needed(self) -> list[str]:
@@ -270,6 +272,14 @@ class Run:
             images = floats(test.images)
             if model.generate is None and test.labels is not None:
                 figures = {"accuracy": accuracy(model, images, test.labels, 256)}
+            elif chain := chain_of(model):
+                loss, noise = DenoisingLoss(model.net, chain), Noise((self.recipe.seed, "held out"))
+                with torch.no_grad():
+                    found = [
+                        loss(noise.at(range(i, i + len(part))), part.to(model.device))["out"].cpu()
+                        for i, part in zip(range(0, len(images), 256), _parts(images), strict=True)
+                    ]
+                figures = {"denoising_mse": torch.cat(found).mean().item()}
             elif model.infer is None:
                 generated = samples(model, len(images), Noise((self.recipe.seed, "held out")), 256)
                 figures = {"frechet_of_pixels": frechet(pixels()(images), pixels()(generated))}
@@ -464,7 +474,7 @@ class Run:
         return (self.folder / name / "done.json").exists()
 
     def _load_student(self, job: Job) -> Model:
-        model = self.shop.student(job.seed)
+        model = self.shop.student(job)
         build.load_weights(model.net, student_folder(self.folder, job) / "model.safetensors")
         return model.frozen()
 
@@ -670,22 +680,26 @@ class Run:
         if self.shop.classes is not None:
             return "accuracy"
         distill = self.recipe.distill
-        return "frechet" if generates and distill and distill.generate else "reconstruction_mse"
+        return "frechet" if generates and distill and (distill.generate or distill.link) else "reconstruction_mse"
 
     def _about(self, arm: config.Arm) -> dict[str, Any]:
         own = "a discriminator's losses on" if trained_adversarially(self.shop.teacher) else "the ELBO on"
         loss = own if self.shop.classes is None else "cross-entropy of the labels of"
+        if chain_of(self.shop.teacher):
+            loss = "the denoising loss of"
         note = {
             "data_free": self._data_free_note(arm),
             "with_data": "the same losses on real images",
-            "scratch": f"{loss} real images, no teacher",
+            "scratch": f"{loss} {'real' if arm.real else 'surrogate'} images, no teacher",
         }[arm.kind]
-        extra = [f"{k} {v!r}" for k, v in (("share", arm.share), ("replay", arm.replay)) if v is not None]
+        extra = [f"{k} {v!r}" for k, v in (("share", arm.share), ("replay", arm.replay), ("chain", arm.chain)) if v is not None]
         counts = updates(self.recipe, arm)
         note = "; ".join([note, " + ".join(f"{v} {k}" for k, v in counts.items()) + " updates", *extra])
-        return {"label": arm.title, "updates": sum(counts.values()), "data": "none" if arm.kind == "data_free" else "real", "note": note}
+        return {"label": arm.title, "updates": sum(counts.values()), "data": "real" if arm.real else "none", "note": note}
 
     def _data_free_note(self, arm: config.Arm) -> str:
+        if self.recipe.distill and self.recipe.distill.link:
+            return "links of noised surrogate images" if self.recipe.images_of(arm, "link") else "links of the teacher's unfinished images"
         if not (self.recipe.distill and self.recipe.distill.generate):
             return "surrogate images"
         if not self.recipe.images_of(arm, "generate"):

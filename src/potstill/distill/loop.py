@@ -47,7 +47,7 @@ class Phase:
 
     Args:
         name: in the log and the state.
-        objective: a module whose forward gives losses by name, each ``(batch,)``.
+        objective: a module whose forward gives losses by name, each ``(batch,)``. Buffers of its own are kept in the state.
         loss: calls the (wrapped) objective on a batch.
         parameters: what learns.
         training: updates, batch size, learning rate and so on.
@@ -211,6 +211,9 @@ def _fit_phase(
         optimizer.load_state_dict(saved["optimizer"])
         if average:
             average.load(saved["average"])
+        for name, buffer in phase.objective.named_buffers(recurse=False):
+            if name in saved.get("objective", {}):
+                buffer.copy_(saved["objective"][name])
         start = saved["step"]
     objective, optimizer = engine.prepare(phase.objective, optimizer)
     source = noise.fold(phase.name)
@@ -227,7 +230,9 @@ def _fit_phase(
         if engine.is_main_process:
             plain = optimizer.optimizer.state_dict()
             tree = {"phase": phase.name, "step": step, "net": dict(net.state_dict()), "optimizer": plain}
-            states.save((position << 24) + step, tree | ({"average": average.shadow} if average else {}))
+            own = {name: buffer for name, buffer in phase.objective.named_buffers(recurse=False) if name in phase.objective.state_dict()}
+            tree |= {"average": average.shadow} if average else {}
+            states.save((position << 24) + step, tree | ({"objective": own} if own else {}))
 
     since_log, since_save, logged = time.perf_counter(), time.monotonic(), start
     for step in range(start, training.steps):

@@ -1,6 +1,7 @@
-"""Latent text-to-image diffusion (Rombach et al., "High-resolution image synthesis with latent diffusion models", CVPR 2022), in miniature.
+"""What is made of diffusers' parts: a denoiser of pixels as teacher and student, and a miniature Stable Diffusion as prior.
 
-The parts are those of Stable Diffusion and are saved in its folder layout, so that whatever loads one loads the other.
+The prior (Rombach et al., "High-resolution image synthesis with latent diffusion models", CVPR 2022) is saved in Stable Diffusion's
+folder layout, so that whatever loads one loads the other.
 """
 
 from __future__ import annotations
@@ -8,20 +9,179 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from ..errors import BadInput
+from ..model import Model
 from ..noise import Noise
+from .chain import Chain, Prediction
 
 _TOKENS = 16  # of a caption; Stable Diffusion has 77
 _PIXEL_STD = 0.1  # of the autoencoder's Gaussian output, in units of an image in [0, 1]
+
+
+class UNet(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="potstill",
+    tags=["potstill", "unconditional-image-generation"],
+    license="apache-2.0",
+):
+    """Diffusers' ``UNet2DModel`` with the chain that samples from it; see :class:`Chain` for its nodes.
+
+    Args:
+        image: ``(C, H, W)``; sides divisible by 2 for every level but the first.
+        width: channels of the first level.
+        multipliers: channels of each level, in units of the width.
+        layers: residual blocks in a level.
+        prediction: what it predicts: "epsilon", "v", "sample" or "flow".
+        sampler: "ddim" or "ddpm"; a flow takes Euler's steps.
+        steps: links of the chain.
+        clip: predicted images to [-1, 1] at every link; has no part in a flow.
+        schedule: of the noise, as diffusers names them: "linear", "scaled_linear" or "squaredcos_cap_v2".
+        betas: first and last beta; have no part in the last of the schedules, nor in a flow.
+        times: at which it is trained; have no part in a flow.
+        arguments: further ones of ``UNet2DModel``. The groups of its norms and the width of its heads fall where channels are too few.
+        family: written to ``config.json``, so that a checkpoint says what it is.
+
+    Raises:
+        BadInput: diffusers is not installed.
+        ValueError: the numbers do not fit together.
+    """
+
+    def __init__(
+        self,
+        image: tuple[int, int, int] = (3, 32, 32),
+        width: int = 64,
+        multipliers: Sequence[float] = (1, 2),
+        layers: int = 1,
+        prediction: Prediction = "epsilon",
+        sampler: Literal["ddim", "ddpm"] = "ddim",
+        steps: int = 50,
+        clip: bool = True,
+        schedule: str = "linear",
+        betas: tuple[float, float] = (1e-4, 0.02),
+        times: int = 1000,
+        arguments: dict[str, Any] | None = None,
+        family: str = "unet",
+    ):
+        super().__init__()
+        try:
+            from diffusers import DDPMScheduler, UNet2DModel
+        except ImportError:
+            raise BadInput("a unet needs diffusers: pip install 'potstill[diffusion]'") from None
+        channels, height, pixels_wide = image
+        if min(channels, height, pixels_wide, width, layers, *multipliers) <= 0:
+            raise ValueError(f"UNet(image={tuple(image)}, width={width}, multipliers={tuple(multipliers)}, layers={layers}): not positive")
+        halved = 2 ** (len(multipliers) - 1)
+        if height % halved or pixels_wide % halved:
+            raise ValueError(f"a unet of {len(multipliers)} levels needs sides divisible by {halved}, not {height}x{pixels_wide}")
+        self.image, self.width, self.multipliers, self.layers = (channels, height, pixels_wide), width, tuple(multipliers), layers
+        self.schedule, self.betas, self.times, self.arguments = schedule, (betas[0], betas[1]), times, dict(arguments or {})
+        blocks = tuple(max(1, round(width * m)) for m in multipliers)
+        plain = {"down_block_types": ("DownBlock2D",) * len(blocks), "up_block_types": ("UpBlock2D",) * len(blocks)}
+        given: dict[str, Any] = {**plain, "norm_num_groups": 8, "attention_head_dim": 8, **self.arguments}
+        given["norm_num_groups"] = math.gcd(given["norm_num_groups"], *blocks)
+        if given["attention_head_dim"] is not None:
+            given["attention_head_dim"] = min(given["attention_head_dim"], *blocks)
+        try:
+            unet = UNet2DModel(
+                sample_size=(height, pixels_wide),
+                in_channels=channels,
+                out_channels=channels,
+                block_out_channels=blocks,
+                layers_per_block=layers,
+                **given,
+            )
+            noises = DDPMScheduler(times, betas[0], betas[1], schedule)
+        except (TypeError, NotImplementedError) as error:
+            raise ValueError(f"diffusers' UNet2DModel: {error}") from None
+        self.chain = Chain(unet, self.image, prediction, None if prediction == "flow" else noises.alphas_cumprod, sampler, steps, clip)
+
+    @classmethod
+    def of(cls, unet: Any, scheduler: Any, steps: int | None = None, sampler: Literal["ddim", "ddpm"] | None = None) -> UNet:
+        """A network that diffusers has loaded, in eval mode.
+
+        Args:
+            unet: a ``UNet2DModel``.
+            scheduler: its noise schedule.
+            steps: links of the chain; by default as the scheduler's pipeline has it: every time for DDPM, 50 for all others.
+            sampler: by default the scheduler's own: DDPM's for DDPM, DDIM's for all others.
+
+        Raises:
+            BadInput: a schedule or conditions that are not supported.
+        """
+        settings, noises = json.loads(json.dumps(dict(unet.config), default=str)), scheduler.config
+        if settings.get("num_class_embeds") or settings.get("class_embed_type"):
+            raise BadInput("teacher: its unet is conditioned on classes, which is not supported")
+        for name, usual in (("trained_betas", None), ("thresholding", False), ("rescale_betas_zero_snr", False), ("shift", 1.0)):
+            if noises.get(name, usual) not in (usual, None):
+                raise BadInput(f"teacher: its scheduler has {name} {noises[name]}, which is not supported")
+        kind = type(scheduler).__name__
+        predicts = "flow_prediction" if kind.startswith("FlowMatch") else noises.get("prediction_type", "epsilon")
+        known: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample", "flow_prediction": "flow"}
+        if predicts not in known or noises.get("clip_sample_range", 1.0) != 1.0:
+            raise BadInput(f"teacher: its scheduler has prediction_type {predicts} and clips to {noises.get('clip_sample_range')}")
+        size, widths = settings.pop("sample_size"), settings.pop("block_out_channels")
+        if size is None:
+            raise BadInput("teacher: its unet's config.json has no sample_size, so the size of its images is not known")
+        height, pixels_wide = (size, size) if isinstance(size, int) else size
+        layers, channels = settings.pop("layers_per_block"), settings.pop("in_channels")
+        stochastic = kind == "DDPMScheduler" and predicts != "flow_prediction"
+        net = cls(
+            (channels, height, pixels_wide),
+            widths[0],
+            [w / widths[0] for w in widths],
+            layers,
+            known[predicts],
+            sampler or ("ddpm" if stochastic else "ddim"),
+            steps or (noises["num_train_timesteps"] if stochastic and sampler in (None, "ddpm") else 50),
+            bool(noises.get("clip_sample", False)),
+            noises.get("beta_schedule", "linear"),
+            (noises.get("beta_start", 1e-4), noises.get("beta_end", 0.02)),
+            noises["num_train_timesteps"],
+            {k: v for k, v in settings.items() if k != "out_channels" and not k.startswith("_")},
+        )
+        net.chain.net.load_state_dict(unet.state_dict())
+        return net.eval()
+
+    def model(self) -> Model:
+        """The network with its two programs."""
+        return Model(self, self.chain.images, self.chain.generate, link=self.chain.link)
+
+    def shrunk(self, width: int, steps: int | None = None) -> UNet:
+        """A fresh network of another width, and of a chain of that many steps where they are given."""
+        c = self.chain
+        return UNet(
+            self.image,
+            width,
+            self.multipliers,
+            self.layers,
+            c.prediction,
+            c.sampler,
+            steps or c.steps,
+            c.clip,
+            self.schedule,
+            self.betas,
+            self.times,
+            self.arguments,
+        )
+
+
+def chain_of(model: Model) -> Chain | None:
+    """The chain that a model samples from, or ``None`` where it is no diffusion or flow model."""
+    if isinstance(model.net, UNet):
+        return model.net.chain
+    return model.net if isinstance(model.net, Chain) else None
 
 
 def tokenizer(captions: Iterable[str], folder: Path) -> Any:

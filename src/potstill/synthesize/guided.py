@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..energy.view import Energy, Look, View, gradient
 from ..errors import BadInput
+from ..model import kept_for_gradient
 from ..noise import Noise
 from .prior import Affine, Condition, Prior, Prompts, affine
 from .synthesis import Step, Watch
@@ -161,18 +162,8 @@ class Guided:
             look: of as many images as it has labels for, or of two.
             noise: of those.
         """
-        kept: dict[int, int] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if not isinstance(tensor, torch.nn.Parameter):
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
         n = 2 if look.labels is None else len(look.labels)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            replace(self, steps=1).latents(energy, look, n, noise)
-        return self.prior.nbytes(), sum(kept.values()) // n
+        return self.prior.nbytes(), kept_for_gradient(lambda: replace(self, steps=1).latents(energy, look, n, noise)) // n
 
     def _predicted(self, scheduler: Any, z: Tensor, t: Tensor, condition: Condition) -> Tensor:
         scaled = scheduler.scale_model_input(z, t) if hasattr(scheduler, "scale_model_input") else z
