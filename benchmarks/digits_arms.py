@@ -20,103 +20,105 @@ from potstill.report.tables import text_table
 from potstill.state import read_json
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-IMAGES = 1024
-COMMON = {"n": IMAGES, "batch": 128}
-NELBO = [{"kind": "posterior_kl"}, {"kind": "reconstruction"}]
+COMMON = {"n": 512, "batch": 128}
+BATCHNORM = {"kind": "batchnorm", "weight": 5.0}
+CROSS_ENTROPY = {"kind": "cross_entropy"}
+RECONSTRUCTION = {"kind": "reconstruction"}
+NELBO = ({"kind": "posterior_kl"}, RECONSTRUCTION)
+TYPICALITY = {"kind": "typicality"}
+# Every arm of a mixture has as many images of each source.
+MIXTURES = {
+    "unguided-both": ["unguided", "unguided-class"],
+    "guided-and-unguided-class": ["guided", "unguided-class"],
+    "guided-both": ["guided", "guided-class"],
+}
+# Of each pair, the prompts, the number of images and the noise are the same; all that differs is the teacher's say.
+PAIRS = (("guided", "unguided"), ("guided-class", "unguided-class"), ("guided-both", "unguided-both"))
 
 
-def prior(path: str, **more: Any) -> dict[str, Any]:
-    """A surrogate from the glyph prior with a prompt for each class."""
-    return (
-        COMMON
-        | {
-            "kind": "guided",
-            "prior": path,
-            "steps": 15,
-            "classes": DIGITS,
-            "prompts": ["the digit {}", "a handwritten digit {}", "a thin handwritten number {}", "number {}, thick"],
-            "guidance_scale": 2.0,
-            "clip": 0.2,
-        }
-        | more
-    )
+def prior(path: str, *energy: dict[str, Any], mode: str = "clean", **more: Any) -> dict[str, Any]:
+    """A surrogate of any characters from the glyph prior; unguided without an energy."""
+    section: dict[str, Any] = COMMON | {
+        "kind": "guided",
+        "prior": path,
+        "steps": 10,
+        "prompts": ["a digit", "a letter", "a character"],
+        "mode": mode if energy else "off",
+        "energy": list(energy),
+        "clip": 0.5,
+        "repeats": 2 if energy and mode == "clean" else 1,
+    }
+    return section | more
 
 
-def scored(energy: list[dict[str, Any]], factor: float) -> list[dict[str, Any]]:
-    """The same energies, each weight times a factor."""
-    return [term | {"weight": factor * term.get("weight", 1.0)} for term in energy]
+def of_class(path: str, *energy: dict[str, Any]) -> dict[str, Any]:
+    """The same with prompts for each class, and classifier-free guidance."""
+    wordings = ["the digit {}", "a handwritten digit {}", "a thin handwritten number {}", "number {}, thick"]
+    return prior(path, *energy, classes=DIGITS, prompts=wordings, guidance_scale=2.0)
 
 
 def reconstruction(path: str) -> dict[str, Any]:
     """(a) the student of an LVAE, encoder and decoder trained together on images."""
-    typical = [{"kind": "typicality"}]
     return {
         "teacher": {"kind": "pretrained", "path": "zoo:digits-lvae"},
         "student": {"width": 8},
-        "distill": {"generate": None, "infer": {"steps": 600, "batch": 128, "lr": 1.2e-2}},
+        "distill": {"generate": None, "infer": {"steps": 600, "batch": 128, "lr": 1.2e-2, "ema": 0.98}},
         "surrogates": {
             "teachers-prior": COMMON | {"kind": "ancestral", "observe": "sample"},
-            "unguided": prior(path, mode="off"),
-            "unguided-any-class": prior(path, mode="off", classes=None, prompts=["a digit"]),
-            "guided-full": prior(path, mode="full", energy=NELBO),
-            "guided-clean": prior(path, mode="clean", energy=NELBO),
-            "typical-full": prior(path, mode="full", energy=typical),
-            "typical-clean": prior(path, mode="clean", energy=typical),
-            "typical-any-class": prior(path, mode="full", energy=typical, classes=None, prompts=["a digit"]),
+            "unguided": prior(path),
+            "guided": prior(path, BATCHNORM),
+            "guided-full": prior(path, BATCHNORM, mode="full"),
+            "guided-elbo": prior(path, *NELBO),
+            "guided-typicality": prior(path, TYPICALITY),
+            "unguided-class": of_class(path),
+            "guided-class": of_class(path, BATCHNORM),
             "noise": COMMON | {"kind": "uniform"},
         },
-        "mixtures": {
-            "teachers-prior-and-typical": ["teachers-prior", "typical-full"],
-            "unguided-and-typical": ["unguided", "typical-full"],
-        },
+        "mixtures": MIXTURES | {"teachers-prior-and-guided": ["teachers-prior", "guided"]},
     }
 
 
 def classifier(path: str) -> dict[str, Any]:
     """(b) a classifier of a tenth of its teacher's size."""
-    aimed = [{"kind": "cross_entropy"}]
-    full = [*aimed, {"kind": "batchnorm", "weight": 0.5}]
     return {
         "teacher": {"kind": "pretrained", "path": "zoo:digits-classifier"},
         "student": {"ratio": 10},
-        "distill": {"generate": None, "infer": {"steps": 600, "batch": 128, "lr": 5e-3}},
+        "distill": {"generate": None, "infer": {"steps": 600, "batch": 128, "lr": 5e-3, "ema": 0.98}},
         "surrogates": {
-            "inversion": COMMON | {"kind": "inversion", "energy": full, "classes": DIGITS},
-            "unguided": prior(path, mode="off"),
-            "guided-full": prior(path, mode="full", energy=aimed),
-            "guided-clean": prior(path, mode="clean", energy=aimed),
-            "guided-batchnorm": prior(path, mode="full", energy=full),
-            "guided-batchnorm-far": prior(path, mode="full", energy=full, clip=0.5),
+            "inversion": COMMON | {"kind": "inversion", "energy": [CROSS_ENTROPY, BATCHNORM], "classes": DIGITS},
+            "unguided": prior(path),
+            "guided": prior(path, BATCHNORM),
+            "guided-full": prior(path, BATCHNORM, mode="full"),
+            "unguided-class": of_class(path),
+            "guided-class": of_class(path, BATCHNORM),
+            "guided-class-cross-entropy": of_class(path, CROSS_ENTROPY),
             "noise": COMMON | {"kind": "uniform"},
         },
-        "mixtures": {"unguided-and-guided": ["unguided", "guided-batchnorm"]},
+        "mixtures": MIXTURES,
     }
 
 
 def autoencoder(path: str, teacher: Path) -> dict[str, Any]:
     """(c) an autoencoder whose prior cannot be sampled."""
-    found = [{"kind": "reconstruction"}]
+    output_alone = [{"nodes": "z", "weight": 0}, {"nodes": "out", "by": "mse"}]
     return {
         "teacher": {"kind": "pretrained", "path": str(teacher)},
         "student": {"ratio": 10},
         "distill": {
             "generate": None,
-            "infer": {
-                "steps": 600,
-                "batch": 128,
-                "lr": 5e-3,
-                "elbo": 0,
-                "rules": [{"nodes": "z", "weight": 0}, {"nodes": "out", "by": "mse"}],
-            },
+            "infer": {"steps": 600, "batch": 128, "lr": 5e-3, "ema": 0.98, "elbo": 0, "rules": output_alone},
         },
         "surrogates": {
             "decoded-noise": COMMON | {"kind": "ancestral"},
-            "unguided": prior(path, mode="off"),
-            "guided-full": prior(path, mode="full", energy=found),
-            "guided-clean": prior(path, mode="clean", energy=found),
+            "unguided": prior(path),
+            "guided": prior(path, BATCHNORM),
+            "guided-full": prior(path, BATCHNORM, mode="full"),
+            "guided-reconstruction": prior(path, RECONSTRUCTION),
+            "unguided-class": of_class(path),
+            "guided-class": of_class(path, BATCHNORM),
             "noise": COMMON | {"kind": "uniform"},
         },
-        "mixtures": {},
+        "mixtures": MIXTURES,
     }
 
 
@@ -182,15 +184,12 @@ def main() -> None:
                     **{k: made[k] for k in ("frechet", "energies") if k in made},
                 }
             )
-        guided = [arm for arm in arms if arm.startswith(("guided", "typical"))]
-        pick = max if name == "b" else min
-        best = pick(guided, key=lambda arm: arms[arm][figure[name]]["mean"])
-        off = arms["unguided"][figure[name]]
         figures[f"{name}_real_images"] = arms["real-images"][figure[name]]["mean"]
-        figures[f"{name}_unguided"] = off["mean"]
-        figures[f"{name}_guided"] = arms[best][figure[name]]["mean"]
-        spread = max(((off["sd"] ** 2 + arms[best][figure[name]]["sd"] ** 2) / 2) ** 0.5, 1e-12)
-        figures[f"{name}_gain_in_sds"] = (figures[f"{name}_guided"] - off["mean"]) / spread * (1 if name == "b" else -1)
+        for guided, off in PAIRS:
+            a, b = arms[guided][figure[name]], arms[off][figure[name]]
+            spread = max(((a["sd"] ** 2 + b["sd"] ** 2) / 2) ** 0.5, 1e-12)
+            figures[f"{name}_{off}"], figures[f"{name}_{guided}"] = b["mean"], a["mean"]
+            figures[f"{name}_{guided}_gain_in_sds"] = (a["mean"] - b["mean"]) / spread * (1 if name == "b" else -1)
     print(f"wrote {write('digits_arms', figures, rows)}")
 
 
