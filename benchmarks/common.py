@@ -24,6 +24,12 @@ def commit() -> str:
     return found.stdout.strip()
 
 
+def gain_in_sds(off: dict[str, float], on: dict[str, float]) -> float:
+    """By how many pooled standard deviations one figure's mean lies above another's; each has ``mean`` and ``sd`` over the seeds."""
+    spread = max(((off["sd"] ** 2 + on["sd"] ** 2) / 2) ** 0.5, 1e-12)
+    return (on["mean"] - off["mean"]) / spread
+
+
 def write(name: str, figures: dict[str, float], rows: list[dict[str, Any]]) -> Path:
     """Write the results of one benchmark and return the file."""
     machine = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import write
+from common import gain_in_sds, write
 from potstill import config, pipeline
 from potstill.report.tables import text_table
 from potstill.state import read_json
@@ -187,9 +187,8 @@ def main() -> None:
         figures[f"{name}_real_images"] = arms["real-images"][figure[name]]["mean"]
         for guided, off in PAIRS:
             a, b = arms[guided][figure[name]], arms[off][figure[name]]
-            spread = max(((a["sd"] ** 2 + b["sd"] ** 2) / 2) ** 0.5, 1e-12)
             figures[f"{name}_{off}"], figures[f"{name}_{guided}"] = b["mean"], a["mean"]
-            figures[f"{name}_{guided}_gain_in_sds"] = (a["mean"] - b["mean"]) / spread * (1 if name == "b" else -1)
+            figures[f"{name}_{guided}_gain_in_sds"] = gain_in_sds(b, a) * (1 if name == "b" else -1)
     print(f"wrote {write('digits_arms', figures, rows)}")
 
 
