@@ -23,6 +23,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # From left to right; each knows only those before it. Folders stand for all of their files.
 ORDER = [
     "errors",
+    "ranks",
     "noise",
     "trace",
     "divergence",
@@ -173,7 +174,7 @@ def test_distances_are_functions_of_arrays(name):
 
 
 def test_what_checks_recipes_imports_no_torch():
-    for name in ("errors", "config", "state", "data", "cli", "__init__", "__main__"):
+    for name in ("errors", "ranks", "config", "state", "data", "cli", "__init__", "__main__"):
         body = parsed(SOURCE / f"{name}.py").body
         at_once = ast.Module([node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
         tops = {module.split(".")[0] for module, _ in imports_of(at_once, SOURCE / f"{name}.py")}

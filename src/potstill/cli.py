@@ -17,6 +17,7 @@ from typing import Any
 
 from . import __version__
 from .errors import BadInput, Failed
+from .ranks import ALONE, Ranks, launched, together
 from .worker import INTERRUPTED
 
 STAGES = {
@@ -65,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from . import config
 
     path = DEMO if arguments.command == "demo" else arguments.recipe
@@ -77,7 +78,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from .report.tables import text_table, verdict
 
     stages = None if arguments.command in ("demo", "run") else (arguments.command,)
-    pipeline.execute(recipe, folder, stages, tuple(arguments.modules), arguments.quiet)
+    pipeline.execute(recipe, folder, stages, tuple(arguments.modules), arguments.quiet, ranks)
     metrics = folder / "metrics.json"
     if arguments.command in ("demo", "run", "evaluate") and metrics.exists():
         found = json.loads(metrics.read_text(encoding="utf-8"))
@@ -163,20 +164,30 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 @contextmanager
-def _terminated() -> Iterator[None]:
-    """SIGTERM interrupts as Ctrl-C does, so that workers are stopped and the command to go on is shown."""
+def _terminated(once: bool) -> Iterator[None]:
+    """SIGTERM interrupts as Ctrl-C does, so that workers are stopped and the command to go on is shown.
+
+    Args:
+        once: after the first of either, more of them do nothing: a launcher passes on what the terminal has sent already.
+    """
+    before: dict[signal.Signals, Any] = {}
 
     def interrupt(*_: object) -> None:
+        if once:
+            for number in before:
+                signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM) if once else (signal.SIGTERM,):
+        before[number] = signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 def _complain(text: str) -> None:
@@ -187,11 +198,22 @@ def _complain(text: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    arguments = _arguments(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if launched():
+        return together(lambda ranks: _ended(words, ranks), _complain)
+    code, text = _ended(words, ALONE)
+    if text is not None:
+        _complain(text)
+    return code
+
+
+def _ended(words: Sequence[str], ranks: Ranks) -> tuple[int, str | None]:
+    """The exit code of a command, and what to say of it."""
+    arguments = _arguments(words)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without é or ± gets a question mark, not an error
     try:
-        with _terminated():
+        with _terminated(once=ranks.count > 1):
             match arguments.command:
                 case "schema":
                     _schema()
@@ -200,25 +222,21 @@ def main(argv: Sequence[str] | None = None) -> int:
                 case "doctor":
                     _doctor(arguments.teacher, arguments.modules)
                 case _:
-                    _run(arguments)
+                    _run(arguments, ranks)
             sys.stdout.flush()
     except BadInput as error:
-        _complain(str(error))
-        return 2
+        return 2, str(error)
     except KeyboardInterrupt:
-        again = shlex.join(["potstill", *(sys.argv[1:] if argv is None else argv)])
-        _complain(f"interrupted; go on with: {again}")
-        return INTERRUPTED
+        how = "go on with" if ranks.count == 1 else "go on with the same command, or in one process with"
+        return INTERRUPTED, f"interrupted; {how}: {shlex.join(['potstill', *words])}"
     except BrokenPipeError:  # whoever read the output, such as head, has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it flushes at exit
-        return 1
+        return 1, None
     except OSError as error:
-        _complain(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
-        return 1
+        return 1, f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     except Failed as error:
-        _complain(str(error))
-        return 1
-    return 0
+        return 1, str(error)
+    return 0, None
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -33,6 +34,7 @@ from .families.diffusion import Autoencoding, Denoising, TextToImage, chain_of
 from .families.gan import GAN
 from .model import Model, kept_for_gradient
 from .noise import Noise
+from .ranks import ALONE, Ranks
 from .state import States, digest_of, fingerprint, lock, os_error, publish, read_json, save_tensors, sha256, write_json
 from .synthesize import surrogate
 from .synthesize.prior import Prompts
@@ -54,11 +56,13 @@ class Workshop:
         recipe: checked.
         folder: of the run.
         allowed: modules that code may come from.
+        ranks: the processes that work together.
     """
 
     recipe: config.Recipe
     folder: Path
     allowed: tuple[str, ...] = ()
+    ranks: Ranks = ALONE
     _surrogates: dict[str, Kept] = field(default_factory=dict, init=False, repr=False)
     _synthesizers: dict[str, tuple[Synthesizer, Prompts | None]] = field(default_factory=dict, init=False, repr=False)
 
@@ -486,6 +490,7 @@ def _adversarial(shop: Workshop, job: Job, identity: str, student: Model, number
                     source=section.kind,
                     pixels=shop.teacher.images.pixels,
                     keep_going=keep_going,
+                    ranks=shop.ranks,
                 )
                 for module, mode in modes.items():
                     module.training = mode
@@ -580,11 +585,23 @@ def make_students(
     keep_going: Callable[[], bool],
     told: Callable[[Job, dict[str, Any]], None] | None = None,
 ) -> None:
-    """Train every student that is not done and that no other process is at.
+    """Train every student that is not done and that nobody else is at.
 
     Raises:
         BadInput: a training went wrong; it names the student.
     """
+    every = {job.name: job for job in jobs(shop.recipe)}
+    with closing(_free(shop, identity, keep_going)) as free:
+        for job in map(every.__getitem__, shop.ranks.each(free)):
+            try:
+                with build.memory_watched():
+                    make_student(shop, job, identity, engine, keep_going=keep_going, told=partial(told, job) if told else None)
+            except BadInput as error:
+                raise BadInput(f"{job.name}: {error}") from None
+
+
+def _free(shop: Workshop, identity: str, keep_going: Callable[[], bool]) -> Generator[str, None, None]:
+    """Every student that is not done and that nobody else is at, by name. It is locked until the next is asked for."""
     for patience in (0.0, PATIENCE_SECONDS):
         for job in jobs(shop.recipe):
             if is_done(shop.folder, job, identity):
@@ -593,13 +610,11 @@ def make_students(
                 raise KeyboardInterrupt
             path = states_of(shop.folder) / f"{job.name}.lock"
             try:
-                with lock(path, patience, str(shop.folder), keep_going), build.memory_watched():
+                with lock(path, patience, str(shop.folder), keep_going):
                     if not is_done(shop.folder, job, identity):
-                        make_student(shop, job, identity, engine, keep_going=keep_going, told=partial(told, job) if told else None)
+                        yield job.name
             except Locked:
                 continue
-            except BadInput as error:
-                raise BadInput(f"{job.name}: {error}") from None
 
 
 def make_teacher(

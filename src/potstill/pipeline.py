@@ -58,6 +58,7 @@ from .jobs import (
 from .model import Model
 from .noise import Noise
 from .progress import Board, LogTail
+from .ranks import ALONE, Ranks
 from .state import digest_of, fingerprint, lock, plain_tensors, read_json, replacing, sha256, sweep, write_json, write_text
 from .synthesize import surrogate
 from .synthesize.guided import Guided
@@ -79,16 +80,18 @@ class Run:
         folder: where everything goes.
         allowed: modules that code may come from.
         board: where progress is shown.
+        ranks: the processes that go through it together.
     """
 
     recipe: config.Recipe
     folder: Path
     allowed: tuple[str, ...]
     board: Board
+    ranks: Ranks = ALONE
 
     @cached_property
     def shop(self) -> Workshop:
-        return Workshop(self.recipe, self.folder, self.allowed)
+        return Workshop(self.recipe, self.folder, self.allowed, self.ranks)
 
     @cached_property
     def features(self) -> build.FeatureSource:
@@ -265,9 +268,11 @@ class Run:
         with self._stage("train", depends, [self.folder / "teacher" / n for n in ("config.json", "model.safetensors")]) as work:
             if not work:
                 return
-            with threads(self.recipe.compute.threads), stoppable() as keep_going:
+            with threads(self.recipe.compute.threads), self._stoppable() as keep_going:
                 engine = accelerator(str(self.shop.device))
                 model = make_teacher(self.shop, engine, keep_going=keep_going, told=partial(self.board.training, "train")).frozen()
+            if not self.ranks.first:
+                return
             test = self.shop.real.test
             images = floats(test.images)
             if model.generate is None and test.labels is not None:
@@ -292,9 +297,11 @@ class Run:
         with self._stage("train", depends, [self.folder / "teacher" / "model_index.json"]) as work:
             if not work:
                 return
-            with threads(self.recipe.compute.threads), stoppable() as keep_going:
+            with threads(self.recipe.compute.threads), self._stoppable() as keep_going:
                 engine = accelerator(str(self.shop.device))
                 net = make_prior(self.shop, engine, keep_going=keep_going, told=partial(self.board.training, "train")).eval()
+            if not self.ranks.first:
+                return
             images = floats(self.shop.real.test.images)
             with torch.no_grad():
                 decoded = torch.cat([net.vae.decode(net.encode(part)).sample.cpu() for part in images.split(256)]) / 2 + 0.5
@@ -314,7 +321,8 @@ class Run:
             for folder, section in sections.items():
                 steps = surrogate.Steps()
                 synthesis = shop.synthesis(folder, watch=steps.watch)
-                self._say_memory(folder, synthesis, min(section.batch, section.n))
+                if self.ranks.first:
+                    self._say_memory(folder, synthesis, min(section.batch, section.n))
                 surrogate.write(
                     self.folder / folder,
                     synthesis,
@@ -327,6 +335,7 @@ class Run:
                     pixels=shop.teacher.images.pixels,
                     steps=steps,
                     progress=partial(self.board.update, folder, total=section.n, detail="images"),
+                    ranks=self.ranks,
                 )
 
     def _say_memory(self, folder: str, synthesis: Synthesis, batch: int) -> None:
@@ -375,13 +384,16 @@ class Run:
                 return
             todo = [job for job in jobs(recipe) if not is_done(self.folder, job, identity)]
             workers, count = self._workers(len(todo))
-            self.board.say(f"  {len(todo)} students, {workers} side by side")
+            how = f"{workers} side by side" if self.ranks.count == 1 else f"each by {self.ranks.count} processes"
+            self.board.say(f"  {len(todo)} students, {how}")
             if workers == 1:
-                with threads(count), stoppable() as keep_going:
+                with threads(count), self._stoppable() as keep_going:
                     engine = accelerator(str(self.shop.device))
                     make_students(self.shop, identity, engine, keep_going=keep_going, told=lambda j, e: self.board.training(j.name, e))
             else:
                 self._side_by_side(todo, workers, count or 1, identity)
+            if not self.ranks.first:
+                return
             missing = [job.name for job in todo if not is_done(self.folder, job, identity)]
             if missing:
                 raise Failed(f"distill: not done: {', '.join(missing)}; run the same command again to go on")
@@ -404,7 +416,7 @@ class Run:
         if made := self._synthesized:
             depends["surrogates"] = {folder: surrogate.digest(self.folder / folder) for folder in made}
         with self._stage("evaluate", depends, [self.folder / "metrics.json"]) as work:
-            if not work:
+            if not work or not self.ranks.first:
                 return
             with threads(recipe.compute.threads):
                 metrics, pictures = self._measure(section)
@@ -421,7 +433,7 @@ class Run:
             raise BadInput("report: nothing measured yet; run the evaluate stage first")
         depends = self._reads("report") | {"metrics": sha256(self.folder / "metrics.json")}
         with self._stage("report", depends, [self.folder / "report.html"]) as work:
-            if work:
+            if work and self.ranks.first:
                 try:
                     page.write(self.folder)
                 except page.ReportError as error:
@@ -433,7 +445,7 @@ class Run:
     def _stage(
         self, name: str, depends: dict[str, Any], made: list[Path], spoiled: Callable[[], str | None] = lambda: None
     ) -> Iterator[bool]:
-        """Whether the stage has work to do; its marks are written around the block.
+        """Whether the stage has work to do, as the first process sees it, which writes the stage's marks around the block.
 
         Args:
             name: of the stage.
@@ -444,6 +456,9 @@ class Run:
         Raises:
             Refused: it was begun from something else.
         """
+        if not self.ranks.first:
+            yield self.ranks.share(lambda: True)
+            return
         plain = _plain(depends)
         mark, folder = fingerprint(plain), self.folder / name
         begun, done = folder / "begun.json", folder / "done.json"
@@ -452,7 +467,7 @@ class Run:
         gone = next((path.relative_to(self.folder) for path in made if not path.exists()), None) or spoiled()
         if done.exists() and not gone:
             self.board.say(f"{name}: done already")
-            yield False
+            yield self.ranks.share(lambda: False)
             return
         going_on = f": {gone} is gone or has changed, again" if done.exists() else ": going on"
         self.board.say(f"{name}{going_on if begun.exists() else ''}")
@@ -460,7 +475,7 @@ class Run:
         if not begun.exists():
             write_json(begun, {"fingerprint": mark, "depends": plain})
         start = time.perf_counter()
-        yield True
+        yield self.ranks.share(lambda: True)
         write_json(done, {"fingerprint": mark, "seconds": round(time.perf_counter() - start, 1), "potstill": __version__})
 
     def tidy(self) -> None:
@@ -472,6 +487,9 @@ class Run:
 
     def _is_done(self, name: str) -> bool:
         return (self.folder / name / "done.json").exists()
+
+    def _stoppable(self) -> contextlib.AbstractContextManager[Callable[[], bool]]:
+        return stoppable(patient=self.ranks.count > 1)
 
     def _load_student(self, job: Job) -> Model:
         model = self.shop.student(job)
@@ -812,9 +830,14 @@ def _processor() -> str:
 
 
 def execute(
-    recipe: config.Recipe, folder: Path, stages: tuple[str, ...] | None = None, allowed: tuple[str, ...] = (), quiet: bool = False
+    recipe: config.Recipe,
+    folder: Path,
+    stages: tuple[str, ...] | None = None,
+    allowed: tuple[str, ...] = (),
+    quiet: bool = False,
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Run stages of a recipe in a folder; all that the recipe has, by default.
+    """Run stages of a recipe in a folder; all that the recipe has, by default. Of several processes, all make this call.
 
     Raises:
         BadInput: something given is wrong; where it can be known before, nothing is written.
@@ -824,14 +847,21 @@ def execute(
     if not chosen:
         raise BadInput(f"{recipe.name}: the recipe has no stage in it: {', '.join(_SECTION.values())}")
     with Board(quiet) as board, build.memory_watched():
-        run = Run(recipe, folder, allowed, board)
+        run = Run(recipe, folder, allowed, board, ranks)
         run.check(chosen)
-        with lock(folder / "state" / "run.lock", what=str(folder)):
-            run.check_folder()  # again, for another process may have been at work until now
-            resolved = config.dump(recipe)
+        ranks.wait()
+        with lock(folder / "state" / "run.lock", what=str(folder)) if ranks.first else contextlib.nullcontext():
             path = folder / "recipe.yaml"
-            if not path.exists() or path.read_text(encoding="utf-8") != resolved:
-                write_text(path, resolved)
+            if ranks.first:
+                run.check_folder()  # again, for another process may have been at work until now
+                resolved = config.dump(recipe)
+                if not path.exists() or path.read_text(encoding="utf-8") != resolved:
+                    write_text(path, resolved)
+            ranks.wait()
+            if not path.exists():
+                raise BadInput(f"{folder}: {platform.node()} does not see what another has written there; they must share the folder")
             for stage in chosen:
                 getattr(run, stage)()
-            run.tidy()
+                ranks.wait()
+            if ranks.first:
+                run.tidy()

@@ -22,10 +22,11 @@ INTERRUPTED = 130
 
 
 @contextmanager
-def stoppable() -> Iterator[Callable[[], bool]]:
+def stoppable(patient: bool = False) -> Iterator[Callable[[], bool]]:
     """A ``keep_going`` that says no after Ctrl-C or SIGTERM, so that a training ends between two updates and saves its state.
 
-    A second signal acts as it did before the block.
+    A second signal acts as it did before the block; where patient, it does nothing, as for a process whose launcher passes on
+    what the terminal has sent already, and will kill it when it takes too long.
     """
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # where no handler can be set
@@ -39,7 +40,8 @@ def stoppable() -> Iterator[Callable[[], bool]]:
 
     def stop(*_: object) -> None:
         stopped.set()
-        restore()
+        if not patient:
+            restore()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None):  # what nohup has set stays

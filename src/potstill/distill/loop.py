@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor, distributed, nn
 
 from ..config import Training
 from ..divergence import total
-from ..errors import BadInput
+from ..errors import BadInput, Failed
 from ..noise import Noise
 from ..state import States
+from .batchnorm import synchronized
 
 Objective = Callable[..., dict[str, Tensor]]
 
@@ -137,12 +139,38 @@ class Log:
 
 def accelerator(device: str = "auto") -> Accelerator:
     """An accelerator for this process; on a machine without CUDA it says so, or CPU ranks would each believe they are alone."""
-    return Accelerator(cpu=device == "cpu" or (device == "auto" and not torch.cuda.is_available()))
+    # Buffers need no copying from the first process: BatchNorm's come from the rows of all.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    return Accelerator(cpu=device == "cpu" or (device == "auto" and not torch.cuda.is_available()), kwargs_handlers=[ddp])
 
 
 def rows_of(batch: int, process: int, processes: int) -> range:
     """This process's rows of a batch: together the processes hold each row once."""
     return range(batch * process // processes, batch * (process + 1) // processes)
+
+
+class Agreed:
+    """A ``keep_going`` that has one answer in all processes, which ask each other about once in ``seconds``.
+
+    Each call is an update, and they all make the same calls, so it is enough that they agree on the next call that asks.
+    """
+
+    def __init__(self, keep_going: Callable[[], bool], seconds: float = 1.0):
+        self._keep_going, self._seconds = keep_going, seconds
+        self._calls, self._asks, self._since = 0, 1, time.monotonic()
+
+    def __call__(self) -> bool:
+        self._calls += 1
+        if self._calls < self._asks:
+            return True
+        now = time.monotonic()
+        # On the CPU: the processes wait for each other, but none for its device.
+        told = torch.tensor([not self._keep_going(), (now - self._since) / self._calls], dtype=torch.float64)
+        distributed.all_reduce(told, distributed.ReduceOp.MAX)
+        stop, pace = told.tolist()
+        # No more than twice as far as the last time: the pace of the first calls tells little.
+        self._calls, self._since, self._asks = 0, now, max(1, min(2 * self._asks, int(self._seconds / max(pace, 1e-9))))
+        return not stop
 
 
 def fit(
@@ -176,16 +204,28 @@ def fit(
         BadInput: a loss or a weight is not finite; it names the term or the weight, and the update. Nothing is saved then.
     """
     saved, _ = states.load()
-    first = 0
+    first, done = 0, dict[str, int]()
     if saved:
         net.load_state_dict(saved["net"])
         first = names.index(saved["phase"])
-        log.rewind({**dict.fromkeys(names[:first], 1 << 60), names[first]: saved["step"]})
-    else:
-        log.rewind({})
-    for position in range(first, len(names)):
-        resumed = saved if saved and position == first else None
-        _fit_phase(net, phases(names[position]), noise, resumed, engine, states, log, save_seconds, log_steps, keep_going, position)
+        done = {**dict.fromkeys(names[:first], 1 << 60), names[first]: saved["step"]}
+    several = engine.num_processes > 1
+    if several:
+        _check_same(states, torch.tensor([first, saved["step"] if saved else 0]))
+        keep_going = Agreed(keep_going)
+    if engine.is_main_process:
+        log.rewind(done)
+    with synchronized(net) if several else nullcontext():
+        for position in range(first, len(names)):
+            resumed = saved if saved and position == first else None
+            _fit_phase(net, phases(names[position]), noise, resumed, engine, states, log, save_seconds, log_steps, keep_going, position)
+
+
+def _check_same(states: States, begins: Tensor) -> None:
+    every = [torch.empty_like(begins) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(every, begins)
+    if any(not torch.equal(other, begins) for other in every):
+        raise Failed(f"{states.folder}: not every process sees the same state there; the folder of a run must be shared by all machines")
 
 
 def _fit_phase(
@@ -215,10 +255,16 @@ def _fit_phase(
             if name in saved.get("objective", {}):
                 buffer.copy_(saved["objective"][name])
         start = saved["step"]
-    objective, optimizer = engine.prepare(phase.objective, optimizer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # its successor is new in torch 2.13
+        objective, optimizer = engine.prepare(phase.objective, optimizer)
     source = noise.fold(phase.name)
     batch = min(training.batch, phase.images) if phase.images else training.batch
-    rows = rows_of(batch, engine.process_index, engine.num_processes)
+    processes = engine.num_processes
+    if batch < processes:
+        raise BadInput(f"{phase.name}: a batch of {batch} cannot be split among {processes} processes; start fewer, or raise batch")
+    rows = rows_of(batch, engine.process_index, processes)
+    share = len(rows) * processes / batch  # of the mean over the batch, where DDP takes that over the processes
     shuffled = Shuffled(phase.images, batch, source) if phase.images else None
 
     remedy = f"lower lr (now {training.lr:g}), set clip, or look at the teacher's weights"
@@ -238,6 +284,7 @@ def _fit_phase(
     for step in range(start, training.steps):
         if not keep_going():
             save(step)
+            engine.wait_for_everyone()  # or the processes that have nothing to write would end, and with them the one that has
             raise KeyboardInterrupt
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(training, step)
@@ -245,7 +292,7 @@ def _fit_phase(
         with engine.autocast():
             losses = phase.loss(objective, Batch(source.fold(step).at(rows), index, len(rows), step))
             loss = total(losses).mean()
-        engine.backward(loss)
+        engine.backward(loss if processes == 1 else loss * share)
         if training.clip is not None:
             engine.clip_grad_norm_(phase.parameters, training.clip)
         optimizer.step()
@@ -255,7 +302,8 @@ def _fit_phase(
             average.update(done)
         if done % log_steps == 0 or done == training.steps or step == start:
             # The loss is read, and so the device waited for, only when a line is written; weights that it spoiled are never saved.
-            parts = {name: value.detach().float().mean().item() for name, value in losses.items()}
+            means = torch.stack([value.detach().float().mean() for value in losses.values()])
+            parts = dict(zip(losses, (means if processes == 1 else engine.reduce(means * share, "mean")).tolist(), strict=True))
             value = sum(parts.values())
             if not math.isfinite(value):
                 bad = [name for name, part in parts.items() if not math.isfinite(part)]

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..data import Kept, decode
 from ..errors import BadInput, BrokenFile
 from ..noise import Noise
+from ..ranks import ALONE, Ranks
 from ..state import read_json, replacing, sha256, write_json
 from .synthesis import Made, Step
 
@@ -99,8 +100,11 @@ def write(
     steps: Steps | None = None,
     progress: Callable[[int], None] = lambda done: None,
     keep_going: Callable[[], bool] = lambda: True,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Synthesize ``n`` images into shards. Shards that an earlier run of the same identity finished are kept.
+
+    Of several processes, each makes every so many-th shard, and on return all of them are there.
 
     Args:
         folder: where shards and ``manifest.json`` go.
@@ -115,6 +119,7 @@ def write(
         steps: told of the steps of the first batch; kept as ``steps.npz``.
         progress: told the number of images done.
         keep_going: asked before every batch; when it says no, ``KeyboardInterrupt`` is raised. Whole shards stay.
+        ranks: the processes that make it.
 
     Raises:
         BadInput: an image has a value that is not finite.
@@ -124,6 +129,8 @@ def write(
     for i, start in enumerate(range(0, n, shard)):
         path = folder / shard_name(i)
         names.append(path)
+        if i % ranks.count != ranks.index:
+            continue
         rows = range(start, min(start + shard, n))
         if not _is_done(path, identity, len(rows)):
             columns: dict[str, list[Any]] = {}
@@ -144,8 +151,12 @@ def write(
             with replacing(path) as temporary:
                 pq.write_table(table, temporary)
         progress(rows.stop)
-    shards = [{"name": p.name, "sha256": sha256(p), "rows": min(shard, n - i * shard)} for i, p in enumerate(names)]
-    write_json(folder / "manifest.json", {"format": FORMAT, "source": source, "images": n, "identity": identity, "shards": shards})
+    ranks.wait()
+    if ranks.first:
+        shards = [{"name": p.name, "sha256": sha256(p), "rows": min(shard, n - i * shard)} for i, p in enumerate(names)]
+        write_json(folder / "manifest.json", {"format": FORMAT, "source": source, "images": n, "identity": identity, "shards": shards})
+        progress(n)
+    ranks.wait()
 
 
 def _columns(rows: Sequence[int], made: Made, pixels: bool) -> dict[str, list[Any]]:
