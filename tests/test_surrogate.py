@@ -156,7 +156,7 @@ def test_shards_of_other_inputs_are_made_again(tmp_path):
 def test_progress_is_told(tmp_path):
     told = []
     write(tmp_path / "s", batch=5, progress=told.append)
-    assert told == [5, 8, 8, 13, 16, 16, 20, 20]
+    assert told == [5, 8, 8, 13, 16, 16, 20, 20, 20]
 
 
 @pytest.mark.slow

@@ -31,11 +31,12 @@ Ending = tuple[int, str | None]  # an exit code and what to say of it
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun, and every launcher like it, tells a process
 _FAILED, _TOLD, _LEFT = "failed", "told", "left"
+_GONE = "is gone; run the same command again to go on"
 WATCH_SECONDS = 0.5
 # Until a process that another's failure has not ended by itself is ended: it may sit in a collective that nobody will complete.
 GRACE_SECONDS = 5.0
 # Until the others take it that the first process cannot say what went wrong.
-SAY_SECONDS = 15.0
+SAY_SECONDS = 8.0
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Ranks:
         try:
             found = json.loads(self.store.get(_FAILED)) if self.store.check([_FAILED]) else None
         except RuntimeError:  # torch's errors of the network are
-            return 1, "the first process of the run is gone; run the same command again to go on"
+            return 1, f"the first process of the run {_GONE}"
         return found and (found[0], found[1])
 
     def _until(self, ready: Callable[[], bool]) -> None:
@@ -139,8 +140,9 @@ def together(work: Callable[[Ranks], Ending], say: Callable[[str], None]) -> int
             code, text = work(ranks)
         except SystemExit as stop:  # argparse has printed its own message
             code, text = (stop.code if isinstance(stop.code, int) else 1), None
-        except BaseException:
-            code, text = 1, traceback.format_exc()
+        except BaseException as error:
+            lost = isinstance(error, RuntimeError) and "by peer" in str(error)  # as gloo and NCCL say it, in many words
+            code, text = 1, f"another process of the run {_GONE}" if lost else traceback.format_exc()
     ended.set()
     for number in (signal.SIGINT, signal.SIGTERM):  # the launcher sends them when the first of us has gone
         signal.signal(number, signal.SIG_IGN)
@@ -183,7 +185,7 @@ def _leave(ranks: Ranks, ending: Ending, say: Callable[[str], None]) -> None:
     """End this process, which has failed, or another has. Does not return: what torch still waits for would hold up an exit."""
     assert ranks.store is not None
     code, text = ending
-    with contextlib.suppress(RuntimeError):  # the store is gone with the first process, and what it had to say was said
+    try:
         own = json.dumps(ending)
         mine = ranks.store.compare_set(_FAILED, "", own).decode() == own
         code, text = ranks.failure() or ending
@@ -197,6 +199,9 @@ def _leave(ranks: Ranks, ending: Ending, say: Callable[[str], None]) -> None:
                 time.sleep(0.05)
             if mine and text is not None and not ranks.store.check([_TOLD]):
                 say(text)
+    except RuntimeError:  # the store is gone, with the launcher or with the first process, which has had its say
+        if ranks.first and text is not None:
+            say(text)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
