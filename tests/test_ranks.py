@@ -28,7 +28,7 @@ from potstill.synthesize import surrogate
 from potstill.synthesize.synthesis import Made
 from runs import environment
 
-PATIENCE = 60
+PATIENCE = 240
 
 
 def all_of(count, act):
