@@ -389,16 +389,17 @@ def test_a_signal_to_one_stops_all_at_one_update(place):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("word", "expected"),
     [
-        (["surrogate.m=3"], "potstill: surrogate.m: unknown key"),
-        (["distill.generate.batch=1"], "potstill: student_data_free/seed-0: generate: a batch of 1 cannot be split among 2 processes"),
+        ("surrogate.m=3", "potstill: surrogate.m: unknown key"),
+        ("distill.generate.batch=2", "potstill: student_data_free/seed-0: generate: a batch of 2 cannot be split among 3 processes"),
     ],
 )
-def test_what_is_wrong_is_said_once(place, words, expected):
+def test_what_is_wrong_is_said_once(place, word, expected):
     recipe = place.write(**SECTIONS)
-    output = ended(torchrun("-m", "potstill", "run", recipe, "--out", place.out, *words))
-    assert codes(output) == [2, 2]
+    output = ended(torchrun("-m", "potstill", "run", recipe, "--out", place.out, word, processes=3))
+    assert set(codes(output)) <= {2, -signal.SIGTERM}  # the launcher ends those that are still at it when the first has gone
+    assert 2 in codes(output)
     assert len(said(output)) == 1
     assert said(output)[0].startswith(expected)
 
@@ -414,6 +415,7 @@ def work(ranks):
     how, who = sys.argv[1:]
     print("by", ranks.index)
     if ranks.index == int(who):
+        open("failed", "w").close()
         if how == "sleep":
             return 5, "this one failed"
         raise OSError("this one failed")
@@ -430,13 +432,13 @@ sys.exit(together(work, _complain))
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "who"), [("sleep", 1), ("wait", 0), ("collective", 1)])
-def test_when_one_fails_all_end_soon(tmp_path, how, who):
+def test_when_one_fails_all_end_soon(tmp_path, monkeypatch, how, who):
+    monkeypatch.chdir(tmp_path)
     script = tmp_path / "script.py"
     script.write_text(ONE_FAILS)
-    start = time.monotonic()
     output = ended(torchrun(script, how, str(who), processes=3))
-    assert time.monotonic() - start < 30
+    assert time.time() - (tmp_path / "failed").stat().st_mtime < 50
     assert output.count("this one failed") == (1 if how == "sleep" else 2), output  # in a traceback, its line of code is quoted too
     assert output.count("by 0") == 1
     assert "by 1" not in output
-    assert set(codes(output)) == ({5} if how == "sleep" else {1})
+    assert set(codes(output)) - {-signal.SIGTERM} == ({5} if how == "sleep" else {1})
