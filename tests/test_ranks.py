@@ -338,7 +338,8 @@ def test_two_processes_make_what_one_makes(place, nodes):
         assert lines.count(line) == 1
     assert contents(place.out / "surrogate") == contents(one / "surrogate")
     close(place.out, one)
-    log, whole = ([json.loads(line) for line in (f / "students/student_scratch/seed-0/log.jsonl").open()] for f in (place.out, one))
+    texts = [(folder / "students/student_scratch/seed-0/log.jsonl").read_text() for folder in (place.out, one)]
+    log, whole = ([json.loads(line) for line in text.splitlines()] for text in texts)
     assert [entry["step"] for entry in log] == [entry["step"] for entry in whole]
     assert [entry["loss"] for entry in log] == pytest.approx([entry["loss"] for entry in whole], rel=1e-5)
     assert os.listdir(place.out / "state") == ["run.lock"]
