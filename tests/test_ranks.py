@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from torch import distributed, nn
 
 from potstill import cli, worker
-from potstill.distill.batchnorm import synchronized
 from potstill.distill.loop import Agreed
+from potstill.distill.rows import synchronized
 from potstill.errors import BadInput, Failed
 from potstill.noise import Noise
 from potstill.ranks import ALONE, Ranks, launched

@@ -21,7 +21,7 @@ from ..divergence import total
 from ..errors import BadInput, Failed
 from ..noise import Noise
 from ..state import States
-from .batchnorm import synchronized
+from .rows import synchronized
 
 Objective = Callable[..., dict[str, Tensor]]
 

@@ -12,6 +12,7 @@ from ..families.chain import Chain
 from ..model import Model
 from ..noise import Noise
 from ..trace import Trace, run
+from .rows import of_all
 
 
 class OnlineLinks(nn.Module):
@@ -61,8 +62,9 @@ class OnlineLinks(nn.Module):
         losses = compare(target, found, self.rules)
         finished = done + 1 == self._chain[0].steps
         fresh = noise.normal("xT", x.shape, x.device)
-        self.x[index] = torch.where(finished.view(-1, 1, 1, 1), fresh, target.output)
-        self.done[index] = torch.where(finished, 0, done + 1)
+        advanced = torch.where(finished.view(-1, 1, 1, 1), fresh, target.output), torch.where(finished, 0, done + 1)
+        where, x, done = map(of_all, (index, *advanced))  # every process keeps the whole pool
+        self.x[where], self.done[where] = x, done
         return losses
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""BatchNorm over the rows of all processes, so that a batch that is split among them gives the statistics of the whole."""
+"""The rows of a batch that is split among processes: BatchNorm over all of them, and all of them in every process."""
 
 from __future__ import annotations
 
@@ -11,6 +11,18 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def of_all(own: Tensor) -> Tensor:
+    """The rows of every process, in each of them. Where one has fewer than another, its last row comes twice."""
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return own
+    most = torch.tensor(len(own))
+    distributed.all_reduce(most, distributed.ReduceOp.MAX)
+    rows = torch.cat([own, own[-1:].expand(int(most) - len(own), *own.shape[1:])]).contiguous()
+    every = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(every, rows)
+    return torch.cat(every)
 
 
 class _Gathered(torch.autograd.Function):
