@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from potstill import build
 from potstill.cli import main
 from potstill.doctor import examine, summary
 from potstill.families.classifier import Classifier
+from potstill.families.helmholtz import HelmholtzMachine
 from potstill.families.lvae import LVAE
 from potstill.families.vae import VAE
+from potstill.families.vrnn import VRNN
 from potstill.model import Images, Model
 
 IMAGE = (1, 8, 8)
@@ -119,6 +122,15 @@ def test_a_fresh_network_has_learned_neither_a_range_nor_a_posterior(make):
 
 
 # ------------------------------------------------------------------ range
+
+
+@pytest.mark.parametrize("make", [lambda: HelmholtzMachine(mean=(3.5, 71.0), scale=(1.1, 13.6)), lambda: VRNN((3, 4, 1), 5, 6, 2)])
+def test_values_that_are_no_pixels_have_no_range_and_coins_no_gradient(make):
+    torch.manual_seed(0)
+    model = make().eval().model()
+    assert not {finding.check for finding in examine(model)} & {"range", "gradient"}
+    pictures = replace(model, images=replace(model.images, pixels=True))
+    assert "range" in {finding.check for finding in examine(pictures)}
 
 
 def test_tanh_images_taken_for_those_of_0_to_1():

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, Independent, Normal
+from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -98,7 +98,7 @@ def examine(model: Model, n: int = 8) -> list[Finding]:
         drawn = _look_at(visit, "generate", None) if model.generate else None
         samples = None
         if drawn is not None:
-            samples = model.images.decode(drawn.out.dist.mean.detach()).float().clamp(0, 1)
+            samples = model.images.clip(model.images.decode(drawn.out.dist.mean.detach()).float())
         for program in ("infer", "link"):
             if getattr(model, program) is not None:
                 found = _look_at(visit, program, _images(visit, samples))
@@ -136,7 +136,7 @@ def _look_at_images(visit: _Visit) -> None:
     if not {len(images.mean), len(images.std)} <= {1, images.shape[0]} or not all(s > 0 for s in images.std):
         what = f"its images have mean {images.mean} and std {images.std} for {images.shape[0]} channels"
         visit.say("range", "model", what, "give one number, or one per channel, std above 0")
-    elif max(images.mean) > 1.5 and max(images.std) > 1.5:
+    elif images.pixels and max(images.mean) > 1.5 and max(images.std) > 1.5:
         what = f"its images have mean {images.mean} and std {images.std}, which are of pixels from 0 to 255"
         visit.say("range", "model", what, "divide both by 255: potstill's pixels are in [0, 1]")
 
@@ -222,7 +222,7 @@ def _is_finite(visit: _Visit, program: str, trace: Trace) -> bool:
 
 def _look_at_range(visit: _Visit, program: str, trace: Trace) -> None:
     out = trace.out.dist
-    if isinstance(out, Categorical) or program == "link":
+    if isinstance(out, Categorical) or program == "link" or not visit.model.images.pixels:
         return
     images, raw = visit.model.images, out.mean.detach().float()
     x = images.decode(raw)
@@ -333,6 +333,8 @@ def _look_at_gradient(visit: _Visit, x: Tensor | None, noise: Noise) -> None:
             trace = visit.run("infer", x, noise)
             out = trace.out.dist
             parts = {"out": (out.logits if isinstance(out, Categorical) else out.mean)}
+            if any(isinstance(node.dist, (Bernoulli, Categorical)) for node in trace.latents().values()):
+                parts.clear()  # no gradient passes a coin
             latents = [t for node in trace.latents().values() for t in tensors_of(node.dist) if t.is_floating_point()]
             if latents:
                 parts["its latents"] = torch.cat([t.float().reshape(-1) for t in latents])
@@ -370,11 +372,14 @@ def _compare_latents(visit: _Visit, drawn: Trace, found: Trace) -> None:
 
 
 def _images(visit: _Visit, samples: Tensor | None) -> Tensor:
-    """Images ``(n, C, H, W)`` in [0, 1] that differ as much as images can, the model's own among them."""
-    shape, device = visit.model.images.shape, visit.model.device
-    x = Noise((0, "doctor", "images")).uniform("x", (visit.n, *shape), device)
-    for i, level in zip(range(0, visit.n, 4), (0.5, 0.0, 1.0), strict=False):
-        x[i] = level
+    """Images ``(n, C, H, W)`` in [0, 1] that differ as much as images can, the model's own among them; or values about the mean."""
+    images, device, noise = visit.model.images, visit.model.device, Noise((0, "doctor", "images"))
+    if images.pixels:
+        x = noise.uniform("x", (visit.n, *images.shape), device)
+        for i, level in zip(range(0, visit.n, 4), (0.5, 0.0, 1.0), strict=False):
+            x[i] = level
+    else:
+        x = images.decode(noise.normal("x", (visit.n, *images.shape), device))
     if samples is not None:
         x[1::2] = samples[1::2]
     return x
