@@ -652,7 +652,7 @@ class Run:
         """
         section, test_labels, test = self.recipe.synthesized[folder], self.shop.real.test.labels, sketch.real
         images, columns = self.shop.surrogate(folder), surrogate.columns(self.folder / folder)
-        arrays: dict[str, Any] = {f"images/{folder}": sketch(floats(images[: len(images) if not sketch.each else shown]), shown)}
+        arrays: dict[str, Any] = {f"images/{folder}": sketch(floats(images[: shown if sketch.each else len(test)]), shown)}
         if section.classes and "label" in columns:
             names = dict(enumerate(section.classes))
             arrays[f"label/{folder}"] = np.array([names.get(label, str(label)) for label in columns["label"][:shown]])
