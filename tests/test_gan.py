@@ -180,6 +180,16 @@ def test_a_discriminator_reads_the_label():
     assert torch.allclose(logits - projection, net.head(hidden[-1])[:, 0], atol=1e-6)
 
 
+def test_the_noise_behind_images_is_inferred_with_their_label():
+    teacher = gan(8, classes=3, encoder=True).frozen()
+    student = copied(teacher)
+    assert total(Distiller(teacher, student)(Noise(), images(8))).max() < 1e-6
+    seen = run(teacher.infer, 2 * images(8) - 1, noise=Noise())["y"].value
+    losses = Distiller(teacher, student, (Match("y"),))(Noise(), images(8))
+    assert torch.equal(losses["y"], torch.zeros(8))
+    assert len(seen.unique()) > 1
+
+
 # ------------------------------------------------------------------ the adversary
 
 

@@ -117,7 +117,7 @@ def _(dist: Point, name: str, noise: NoiseSource) -> Tensor:
 def undraw(dist: Distribution, value: Tensor, name: str, noise: NoiseSource) -> Tensor | None:
     """The standard noise under which ``draw(dist)`` is ``value``: the inverse of :func:`draw`.
 
-    Where many noises give the value (a coin), ``noise`` chooses among them. ``None`` for a node that takes no noise.
+    Where many noises give the value (a coin, a category), ``noise`` chooses among them. ``None`` for a node that takes no noise.
     """
     raise TypeError(f"node {name!r}: no rule to infer the noise of a {type(dist).__name__} from its value; add one with @undraw.register")
 
@@ -131,6 +131,14 @@ def _(dist: Normal, value: Tensor, name: str, noise: NoiseSource) -> Tensor | No
 def _(dist: Bernoulli, value: Tensor, name: str, noise: NoiseSource) -> Tensor | None:
     u = noise.uniform(name, dist.probs.shape, dist.probs.device)
     return torch.where(value > 0.5, u * dist.probs, dist.probs + u * (1 - dist.probs))
+
+
+@undraw.register
+def _(dist: Categorical, value: Tensor, name: str, noise: NoiseSource) -> Tensor | None:
+    # The largest Gumbel is drawn first and bounds the others (Maddison et al., "A* Sampling", NeurIPS 2014), here as uniforms.
+    u = noise.uniform(name, dist.logits.shape, dist.logits.device).clamp_min(2.0**-25)
+    drawn = torch.zeros_like(u, dtype=torch.bool).scatter_(-1, value.unsqueeze(-1), True)
+    return torch.where(drawn, 1.0, u) * u.gather(-1, value.unsqueeze(-1)) ** dist.probs.float()
 
 
 @undraw.register
