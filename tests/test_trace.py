@@ -254,9 +254,9 @@ def test_the_noise_of_a_coin_is_uniform_on_its_side():
 
 def test_the_noise_behind_a_category_gives_it_again_and_is_uniform():
     p = torch.tensor([0.5, 0.25, 0.2, 0.05, 1e-9]).expand(40000, 5)
-    for given in (torch.arange(40000) % 5, draw(Categorical(p), "y", Noise((6, 1)))):
-        u = undraw(Categorical(p), given, "y", Noise((7, 1)))
-        assert torch.equal(draw(Categorical(p), "y", FixedNoise({"y": u})), given)
+    for values in (torch.arange(40000) % 5, draw(Categorical(p), "y", Noise((6, 1)))):
+        u = undraw(Categorical(p), values, "y", Noise((7, 1)))
+        assert torch.equal(draw(Categorical(p), "y", FixedNoise({"y": u})), values)
     # Behind categories that come as often as they should, it is as any other noise: uniform, and each number by itself.
     within = (torch.arange(1, 40001) / 40000)[:, None]
     assert (u.sort(0).values - within).abs().max() < 1.63 / 40000**0.5  # Kolmogorov and Smirnov, at 1 %
