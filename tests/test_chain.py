@@ -606,6 +606,26 @@ def test_links_of_a_teacher_without_a_chain_are_refused(place, capsys):
     assert "distill.link.start: noise is for teachers with a chain of potstill's own" in capsys.readouterr().err
 
 
+def test_the_pool_is_of_one_process(place):
+    unet(steps=3).save_pretrained(place.folder / "unet")
+    recipe = config.check({k: v for k, v in SECTION.items() if k != "train"} | {"teacher": {"kind": "pretrained", "path": "./unet"}})
+    shop, job = jobs.Workshop(recipe, place.out), jobs.Job(recipe.arms[0], 0)
+    with pytest.raises(BadInput, match="unfinished images in one process; run without torchrun"):
+        jobs.make_student(shop, job, "", SimpleNamespace(num_processes=2))
+
+
+def test_a_classifier_from_scratch_needs_labels_that_a_surrogate_has_not(place, capsys):
+    sections = {
+        "teacher": {"kind": "pretrained", "path": "zoo:digits-classifier"},
+        "surrogate": None,
+        "surrogates": {"gray": {"kind": "uniform", "n": 16}},
+        "distill": {"generate": None, "scratch": {"steps": 2, "batch": 8}},
+        "arms": [{"kind": "scratch", "surrogate": "gray"}],
+    }
+    assert place.run("run", **sections) == 2
+    assert "arm student_scratch: a surrogate has no labels, which a classifier needs" in capsys.readouterr().err
+
+
 def test_a_chain_too_long_is_found_before_anything_is_written(place, capsys, monkeypatch):
     monkeypatch.setattr(jobs.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     assert place.run("run", **SECTION) == 2
