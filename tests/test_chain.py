@@ -6,6 +6,7 @@ import contextlib
 import copy
 import itertools
 import json
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from torch.distributions import Normal
 
 from potstill import build, config, jobs
 from potstill.distill.distiller import Distiller
-from potstill.distill.loop import Log, Phase, accelerator, fit
+from potstill.distill.loop import Log, Phase, accelerator, fit, rows_of
 from potstill.distill.pool import OnlineLinks
 from potstill.divergence import Match, compare, kl, mse, total
 from potstill.errors import BadInput
@@ -500,6 +501,41 @@ def test_a_training_on_the_pool_goes_on_to_the_same_bits(tmp_path, updates):
     assert not all(torch.equal(whole[k], other[k]) for k in whole)
 
 
+def test_two_processes_keep_the_pool_of_one(monkeypatch):
+    """Here threads, of which each knows its rows, and all what the others say."""
+    own, said, together = threading.local(), [None, None], threading.Barrier(2)
+
+    def of_all(rows):
+        said[own.rank] = rows
+        together.wait(60)
+        every = torch.cat(said)
+        together.wait(60)
+        return every
+
+    def train(pool, rows):
+        index = [Noise((1, step)).permutation("order", 8)[:5] for step in range(9)]
+        return torch.cat([total(pool(Noise((2, step)).at(rows), i[rows.start : rows.stop])).detach() for step, i in enumerate(index)])
+
+    pools = [online(toy(steps=4, a=0.5), toy(sampler="ddpm", steps=4)) for _ in range(3)]
+    losses = train(pools[2], range(5))
+    monkeypatch.setattr("potstill.distill.pool.of_all", of_all)
+    found = [None, None]
+
+    def one(rank):
+        own.rank = rank
+        found[rank] = train(pools[rank], rows_of(5, rank, 2))
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for pool in pools[:2]:
+        assert torch.equal(pool.x, pools[2].x)
+        assert torch.equal(pool.done, pools[2].done)
+    assert torch.equal(torch.cat([part.view(9, -1) for part in found], 1), losses.view(9, 5))
+
+
 # ------------------------------------------------------------------ chains too long to unroll
 
 
@@ -604,14 +640,6 @@ def test_links_of_a_teacher_without_a_chain_are_refused(place, capsys):
     distill = {"link": {"steps": 2, "batch": 8}, "generate": None, "infer": None}
     assert place.run("run", surrogate=None, distill=distill) == 2
     assert "distill.link.start: noise is for teachers with a chain of potstill's own" in capsys.readouterr().err
-
-
-def test_the_pool_is_of_one_process(place):
-    unet(steps=3).save_pretrained(place.folder / "unet")
-    recipe = config.check({k: v for k, v in SECTION.items() if k != "train"} | {"teacher": {"kind": "pretrained", "path": "./unet"}})
-    shop, job = jobs.Workshop(recipe, place.out), jobs.Job(recipe.arms[0], 0)
-    with pytest.raises(BadInput, match="unfinished images in one process; run without torchrun"):
-        jobs.make_student(shop, job, "", SimpleNamespace(num_processes=2))
 
 
 def test_a_classifier_from_scratch_needs_labels_that_a_surrogate_has_not(place, capsys):

@@ -551,8 +551,6 @@ def make_student(
         section = distill.scratch.model_copy(update={"steps": job.arm.steps or distill.scratch.steps})
         images = None if job.arm.real else shop.images_of(job.arm, "scratch")
         phases = _from_scratch(shop, student, adversary, section, "scratch", shop.classes is not None, images)
-    elif engine.num_processes > 1 and "link" in updates(recipe, job.arm) and _pool(recipe, job.arm, shop.teacher, student, 0, 2):
-        raise BadInput("distill.link.start: noise keeps its unfinished images in one process; run without torchrun, or name a surrogate")
     else:
         phases = _distilled(shop, job, identity, student, adversary, distill, keep_going)
     states = States(states_of(shop.folder) / job.name)

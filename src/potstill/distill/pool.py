@@ -49,7 +49,7 @@ class OnlineLinks(nn.Module):
 
         Args:
             noise: of the links where they are random, and of the images that begin anew.
-            index: places in the pool, ``(batch,)`` int64, each once.
+            index: places in the pool, ``(batch,)`` int64, each once, also over all processes.
         """
         if int(self.done[0]) < 0:
             self._fill()
