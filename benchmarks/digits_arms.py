@@ -32,7 +32,7 @@ MIXTURES = {
     "guided-and-unguided-class": ["guided", "unguided-class"],
     "guided-both": ["guided", "guided-class"],
 }
-# Of each pair, the prompts, the number of images and the noise are the same; all that differs is the teacher's say.
+# Of each pair, the prompts, the steps and the number of images are the same; what differs is the teacher's say, and the noise drawn.
 PAIRS = (("guided", "unguided"), ("guided-class", "unguided-class"), ("guided-both", "unguided-both"))
 
 
