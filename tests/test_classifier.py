@@ -300,9 +300,9 @@ def trained(shop, index=0):
     """A student as it was born, and as an arm of the recipe makes it."""
     job = jobs.jobs(shop.recipe)[index]
     jobs.make_student(shop, job, "identity", accelerator("cpu"))
-    found = shop.student(job.seed)
+    found = shop.student(job)
     build.load_weights(found.net, jobs.student_folder(shop.folder, job) / "model.safetensors")
-    return shop.student(job.seed), found
+    return shop.student(job), found
 
 
 def moved(before, after):
@@ -312,10 +312,10 @@ def moved(before, after):
 
 def test_a_classifier_is_distilled_by_hinton_at_temperature_4_unless_told_otherwise(tmp_path):
     shop = workshop(tmp_path)
-    student, x = shop.student(0), uniform(IMAGE)
+    student, x = shop.student(jobs.jobs(shop.recipe)[0]), uniform(IMAGE)
     student.net.eval()
     logits = [model.net(x) for model in (shop.teacher, student)]
-    objective = jobs._objective(shop.recipe.distill, shop.recipe.arms[1], "infer", shop.teacher, student)
+    objective = jobs._objective(shop.recipe.distill, shop.recipe.arms[1], "infer", shop.teacher, student, None)
     assert isinstance(objective, Distiller)
     (name, loss), *rest = objective(Noise(), x).items()
     assert (name, rest) == ("out", [])
@@ -323,7 +323,7 @@ def test_a_classifier_is_distilled_by_hinton_at_temperature_4_unless_told_otherw
     assert torch.allclose(loss, 16 * (soft[0] * (soft[0] / soft[1]).log()).sum(1), rtol=1e-4)
     rules = {"rules": [{"nodes": "out", "by": "hinton", "temperature": 2.0, "weight": 0.5}]}
     told = config.Distill(generate=None, infer=config.Encoder(**rules))
-    (loss,) = jobs._objective(told, shop.recipe.arms[1], "infer", shop.teacher, student)(Noise(), x).values()
+    (loss,) = jobs._objective(told, shop.recipe.arms[1], "infer", shop.teacher, student, None)(Noise(), x).values()
     assert torch.allclose(loss, 0.5 * hinton(2.0)(*(Categorical(logits=y) for y in logits)), rtol=1e-4)
 
 
@@ -379,8 +379,9 @@ def test_without_a_generator_phase_inference_trains_encoder_and_decoder(tmp_path
     born, found = trained(shop)
     assert moved(born, found) == {name for name, _ in found.net.named_parameters()}
     # With one, inference leaves the generator as that phase made it.
+    (arm,) = shop.recipe.arms
     both = workshop(tmp_path / "both", **sections, distill={"generate": STEPS, "infer": STEPS | infer})
-    assert jobs._learns(both.recipe.distill, found, "infer") < jobs._learns(shop.recipe.distill, found, "infer")
+    assert jobs._learns(both.recipe.distill, arm, found, "infer") < jobs._learns(shop.recipe.distill, arm, found, "infer")
 
 
 def test_steps_of_an_arm_are_of_its_first_phase():
@@ -449,8 +450,8 @@ def test_an_autoencoder_without_a_generator_phase_is_compared_by_its_reconstruct
 
 def test_cross_entropy_takes_each_image_with_its_own_label(tmp_path):
     shop = workshop(tmp_path, arms=["scratch"])
-    student = shop.student(0)
-    phase = jobs._from_scratch(shop, student, config.Scratch(batch=8), "scratch", True)("scratch")
+    student = shop.student(jobs.jobs(shop.recipe)[0])
+    phase = jobs._from_scratch(shop, student, None, config.Scratch(batch=8), "scratch", True)("scratch")
     index = torch.tensor([5, 0, 9])
     student.net.eval()
     batch = jobs.Batch(Noise().at(range(3)), index, 3, 0)

@@ -207,7 +207,7 @@ def test_a_broken_checkpoint(refused, place, how, expected):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"family": "gan"}, "config.json: family: Input tag 'gan'"),
+        ({"family": "gna"}, "config.json: family: Input tag 'gna'"),
         ({"family": None}, "config.json: family: "),
         ({"width": "x"}, "config.json: width: "),
         ({"wdith": 3}, "config.json: wdith: Extra inputs are not permitted"),
@@ -247,7 +247,7 @@ def test_a_teacher_from_the_hub(place, refused, monkeypatch):
     for path in ("/other/model", "./other", "../model", "~/model", "a/b/c"):
         refused(f"{path}: no such folder", teacher={"kind": "pretrained", "path": path})
     assert place.run("synthesize", teacher={"kind": "pretrained", "path": "some/model"}) == 0
-    files = {"allow_patterns": ["config.json", "model.safetensors"]}
+    files = {"allow_patterns": ["config.json", "model.safetensors", "model_index.json"]}
     assert asked == [("other/model", files), ("some/model", files)]
 
 
@@ -429,7 +429,7 @@ def test_a_module_that_cannot_be_imported(refused, place):
         ({"student": {"target": "own:model"}}, "arm student_data_free, generate: the student has no node 'z2'"),
         (
             {"teacher": python("model", infer=False), "student": {"target": "own:model"}, "arms": ["with_data"]},
-            "arm student_with_data, generate: Net has no program 'infer'",
+            "arm student_with_data, generate: begins with images, but the teacher, a Net, does not infer the noise behind them",
         ),
         (
             {"teacher": python("model"), "student": {"target": "own:model", "arguments": {"infer": False}}},
@@ -467,7 +467,10 @@ def test_features_that_do_not_fit(refused, place):
     judge = "evaluate.features: the classifier ./judge takes images of (1, 9, 9), the data's are (1, 8, 8)"
     refused(judge, evaluate={"features": "classifier:./judge"})
     refused("evaluate.features: ./vae is a VAE; a classifier is expected", evaluate={"features": "classifier:./vae"})
-    refused("evaluate.features: 'inception'; pixels, classifier:PATH or python:module:name is expected", evaluate={"features": "inception"})
+    refused(
+        "evaluate.features: 'inception'; pixels, standardized, classifier:PATH or python:module:name is expected",
+        evaluate={"features": "inception"},
+    )
     refused("zoo:nope: no such model in the zoo", evaluate={"features": "classifier:zoo:nope"})
 
 

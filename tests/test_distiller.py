@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributions import Bernoulli, Independent, Normal
 
-from potstill.distill.distiller import Classification, Distiller, Elbo, PartlyShared, reached, train_only
+from potstill.distill.distiller import Classification, Distiller, Elbo, PartlyShared, likelihood, reached, train_only
 from potstill.divergence import Match, mse, negative_elbo, total, wasserstein2
 from potstill.families.classifier import Classifier
 from potstill.families.lvae import LVAE
@@ -449,3 +449,13 @@ def test_classification_is_cross_entropy_and_learns():
         descend(learning)
     assert objective(Noise(), x, labels)["out"].mean() < 0.2 * first.mean()
     assert (model.net(x).argmax(1) == labels).all()
+
+
+def test_asking_how_a_model_learns_leaves_it_as_it_was():
+    """Also its BatchNorm statistics, or a training that goes on would have seen one batch more."""
+    model = LVAE((1, 8, 8), 2, 2, 2, 0.1).model()
+    model.net.train()
+    before = {name: value.clone() for name, value in model.net.state_dict().items()}
+    assert isinstance(likelihood(model), Elbo)
+    assert model.net.training
+    assert all(torch.equal(value, before[name]) for name, value in model.net.state_dict().items())

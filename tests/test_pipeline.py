@@ -36,7 +36,7 @@ RECIPE = {
     "compute": {"device": "cpu", "threads": 1, "workers": 1, "log_steps": 1},
 }
 COST = {"latency_ms_b1", "latency_ms_b64", "throughput"}
-QUALITY = {"frechet", "frechet_sqrt", "kid", "emd", "mmd", "one_nn", "precision", "recall", "density", "coverage"}
+QUALITY = {"frechet", "frechet_sqrt", "kid", "emd", "energy_distance", "mmd", "one_nn", "precision", "recall", "density", "coverage"}
 
 
 def execute(folder, *stages, **sections):

@@ -332,7 +332,7 @@ def _pretrained_teacher(section: config.Pretrained) -> Network:
     folder = locate(section.path)
     if (folder / "model_index.json").exists():
         return denoiser(section.path, section.chain, section.sampler)
-    net = pretrained(section.path)
+    net = pretrained(str(folder))  # found once: a Hub id is asked for over the network
     if section.sampler is not None:
         raise BadInput(f"teacher.sampler: is of a diffusers folder; {section.path} has its own")
     if section.chain is None:

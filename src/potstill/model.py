@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,18 @@ def kept_for_gradient(call: Callable[[], object]) -> int:
         result = call()
     del result  # until here, or memory that is free again would be counted once for all that is put there
     return sum(kept.values())
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Within the block the network is in eval mode, so that looking at it changes no BatchNorm statistics; then each module as before."""
+    modes = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..divergence import Match, compare, has_priors, log_density, negative_elbo
-from ..model import Model
+from ..model import Model, evaluating
 from ..noise import DrawnOnce, Noise, NoiseSource
 from ..trace import Point, Sampler, Trace, noise_of, run
 from .adversary import Adversary
@@ -233,7 +233,7 @@ class WakeSleep(nn.Module):
 def likelihood(model: Model, beta: float = 1.0) -> Elbo | WakeSleep:
     """What a model is trained by on images alone: the ELBO where its inference knows every prior, else wake and sleep."""
     x = model.images.encode(torch.full((2, *model.images.shape), 0.5, device=model.device))
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(model.net):
         closed = has_priors(run(model.program("infer"), x, noise=Noise((0,))))
     return Elbo(model, beta) if closed else WakeSleep(model)
 
@@ -267,12 +267,11 @@ def reached(model: Model, program: str) -> set[str]:
     The generator's parameters are those that "generate" reaches; the encoder's, those that only "infer" reaches.
     The network's state is left as it was.
     """
-    training = {module: module.training for module in model.net.modules()}
     required = {name: p.requires_grad for name, p in model.net.named_parameters()}
-    model.net.eval().requires_grad_(True)
+    model.net.requires_grad_(True)
     try:
         inputs = () if program == "generate" else (model.images.encode(torch.full((2, *model.images.shape), 0.5, device=model.device)),)
-        with torch.enable_grad():
+        with torch.enable_grad(), evaluating(model.net):
             trace = run(model.program(program), *inputs, noise=Noise((0,)), n=2, device=model.device)
             tensors = [t for node in trace.values() for t in (*tensors_of(node.dist), node.value)]
             total = sum((t.float().sum() for t in tensors if t.requires_grad), torch.zeros((), device=model.device))
@@ -282,8 +281,6 @@ def reached(model: Model, program: str) -> set[str]:
     finally:
         for name, p in model.net.named_parameters():
             p.requires_grad_(required[name])
-        for module, mode in training.items():
-            module.training = mode
 
 
 def train_only(net: nn.Module, names: set[str]) -> list[nn.Parameter]:
