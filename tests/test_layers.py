@@ -42,6 +42,7 @@ ORDER = [
     "report",
     "build",
     "doctor",
+    "simple",
     "jobs",
     "progress",
     "worker",

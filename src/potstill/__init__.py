@@ -12,6 +12,7 @@ _HOME = {
     "Images": "model",
     "Model": "model",
     "Noise": "noise",
+    "compress": "simple",
     "examine": "doctor",
     "from_autoencoder": "families.own",
     "from_generator": "families.own",
