@@ -421,7 +421,10 @@ def test_a_module_that_cannot_be_imported(refused, place):
         ({"teacher": python("unfinished")}, "teacher: its generate program fails: RuntimeError: mat1 and mat2 shapes"),
         ({"teacher": python("flat")}, "teacher: for 2 images of (1, 8, 8) it generates (2, 64)"),
         ({"teacher": python("nan")}, "teacher: it generates NaN or infinite pixels"),
-        ({"teacher": python("model")}, "student: width and ratio are for potstill's own families; the teacher is a Net. Give a target"),
+        (
+            {"teacher": python("model")},
+            "student: width, ratio and budget are for potstill's own families; the teacher is a Net.",
+        ),
         (
             {"student": {"target": "own:model", "arguments": {"shape": [3, 8, 8]}}},
             "student: makes images of (3, 8, 8), the teacher of (1, 8, 8)",

@@ -12,7 +12,7 @@ from torch.distributions import Normal
 import potstill
 from potstill.doctor import examine
 from potstill.errors import BadInput
-from potstill.families.own import from_autoencoder, from_generator, from_logits
+from potstill.families.own import from_autoencoder, from_eps, from_generator, from_logits
 from potstill.model import Images
 from potstill.noise import Noise
 from potstill.trace import Point, run
@@ -201,6 +201,29 @@ def test_an_image_that_cannot_be_read():
     model = from_autoencoder(Encoder(), Decoder(lambda x: {"image": x}), WIDE).frozen()
     (finding, *_) = examine(model)
     assert "Decoder returns a dict; images, or an object with reconstruction or sample, is expected" in str(finding)
+
+
+class Oracle(nn.Module):
+    """The noise in images of which every one is the same: what is left when that image is taken away."""
+
+    def __init__(self, alphas):
+        super().__init__()
+        self.level, self.alphas = nn.Parameter(torch.tensor(0.25)), alphas
+
+    def forward(self, x, t):
+        a = self.alphas[t].view(-1, 1, 1, 1)
+        return (x - a.sqrt() * self.level) / (1 - a).sqrt()
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_a_denoiser_that_is_right_gives_its_image(sampler):
+    alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.2, 50), 0)
+    model = from_eps(Oracle(alphas), SHAPE, alphas, sampler=sampler, steps=5).frozen()
+    assert torch.allclose(model.sample(3, Noise()), torch.full((3, *SHAPE), 0.625), atol=1e-4)
+    trace = run(model.link, model.images.encode(torch.full((3, *SHAPE), 0.625)), noise=Noise())
+    assert {"t", "xt", "prediction"} <= set(trace)
+    with pytest.raises(BadInput, match="a chain of 51 steps; 1 to 50 are expected"):
+        from_eps(Oracle(alphas), SHAPE, alphas, steps=51)
 
 
 def test_the_library_gives_its_names_late():

@@ -59,6 +59,4 @@ def accuracy(model, x, y):
 accuracies = [accuracy(model, real[1200:], labels[1200:]) for model in (teacher, student)]
 if __name__ == "__main__":
     print(f"parameters: {sum(p.numel() for p in teacher.net.parameters()):,} to {sum(p.numel() for p in student.net.parameters()):,}")
-    print(
-        f"accuracy on held-out digits: teacher {accuracies[0]:.3f}, student {accuracies[1]:.3f}, neither data nor labels seen by the student"
-    )
+    print(f"accuracy on held-out digits: teacher {accuracies[0]:.3f}, student {accuracies[1]:.3f}")

@@ -15,6 +15,7 @@ _HOME = {
     "compress": "simple",
     "examine": "doctor",
     "from_autoencoder": "families.own",
+    "from_eps": "families.own",
     "from_generator": "families.own",
     "from_logits": "families.own",
     "kd4dgm": "importers",

@@ -22,7 +22,7 @@ from .distill.adversary import Adversary
 from .divergence import Divergence, Match, hinton, kl, mse, reverse_kl, wasserstein2
 from .energy.view import Energy
 from .errors import BadInput, Failed
-from .evaluate.cost import parameters
+from .evaluate.cost import parameters, size_mib
 from .families.classifier import Classifier, ResNet
 from .families.diffusion import TextToImage, UNet
 from .families.gan import GAN, Discriminator
@@ -48,6 +48,7 @@ PACKAGE = Path(__file__).parent
 ZOO = PACKAGE / "zoo"
 Network = LVAE | VAE | GAN | Classifier | ResNet | UNet | HelmholtzMachine | VRNN
 _NET: TypeAdapter[config.Net] = TypeAdapter(config.Net)
+_TIMED = 20  # calls of a network whose time is looked for; the median counts
 
 
 def reason(error: BaseException) -> str:
@@ -372,11 +373,57 @@ def width_for(net: Network, ratio: float, encoder: bool = False) -> int:
         with torch.device("meta"):
             return parameters(_shrunk(net, width, encoder))
 
-    low, high = 1, net.width
-    while high - low > 1:  # parameters rise with the width
+    low = _widest(net.width, lambda width: count(width) <= goal) or 1
+    return min((low, min(low + 1, net.width)), key=lambda w: abs(count(w) - goal))
+
+
+def _widest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest width up to ``most`` that fits, where all narrower ones do; 0 where none does."""
+    low, high = 0, most + 1
+    while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if count(middle) <= goal else (low, middle)
-    return min((low, high), key=lambda w: abs(count(w) - goal))
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def width_within(budget: config.Budget, of: Model, encoder: bool = False, threads: int = 1) -> int:
+    """The largest width, up to the teacher's own, at which a student of a teacher is within a budget.
+
+    Args:
+        budget: of the recipe.
+        of: the teacher.
+        encoder: whether the student of a GAN has one.
+        threads: that a time is measured with on a CPU.
+
+    Raises:
+        BadInput: not even width 1 is within it, or the teacher's width cannot be changed.
+    """
+    net = _shrinkable(of)
+
+    def cost(width: int) -> float:
+        if budget.params is not None:
+            with torch.device("meta"):
+                return parameters(_shrunk(net, width, encoder))
+        fresh = born(0, "budget", lambda: _shrunk(net, width, encoder))
+        if budget.mib is not None:
+            return size_mib(fresh)
+        from .evaluate.arms import timed  # late, for it brings scipy, which a training does not need
+
+        fresh.to(of.device, memory_format=torch.channels_last)
+        return timed(fresh.model().frozen(), 1, threads, _TIMED).median_ms
+
+    kind, most = next((kind, value) for kind in ("params", "mib", "ms") if (value := getattr(budget, kind)) is not None)
+    width = _widest(net.width, lambda width: cost(width) <= most)
+    if not width:
+        raise BadInput(f"student.budget.{kind}: {most:g}, but a {type(net).__name__} of width 1 takes {cost(1):.4g}; give more")
+    return width
+
+
+def _shrinkable(of: Model) -> Network:
+    if not isinstance(of.net, Network):
+        what = type(of.net).__name__
+        raise BadInput(f"student: width, ratio and budget are for potstill's own families; the teacher is a {what}. Give a target")
+    return of.net
 
 
 def _shrunk(net: Network, width: int, encoder: bool, chain: int | None = None) -> Network:
@@ -402,11 +449,7 @@ def student(section: config.Student, of: Model, seed: int, allowed: Sequence[str
         target = section.target
         model: Model = born(seed, "student", lambda: _own_model(target, allowed, **section.arguments))
     else:
-        net = of.net
-        if not isinstance(net, Network):
-            raise BadInput(
-                f"student: width and ratio are for potstill's own families; the teacher is a {type(net).__name__}. Give a target"
-            )
+        net = _shrinkable(of)
         if section.encoder and not isinstance(net, GAN):
             raise BadInput(f"student.encoder: is for the student of a GAN; that of a {type(net).__name__} has the programs of its teacher")
         width = section.width if section.width is not None else width_for(net, section.ratio or 1, section.encoder)

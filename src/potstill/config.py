@@ -356,26 +356,44 @@ class Python(Section):
 Teacher = Annotated[Pretrained | Trained | Weights | KD4DGM | Transformers | Pythae | Python, Field(discriminator="kind")]
 
 
+class Budget(Section):
+    """What a student may cost at most. Exactly one of the three."""
+
+    params: Count | None = Field(default=None, description="parameters")
+    mib: Positive | None = Field(default=None, description="MiB of its weights on disk")
+    ms: Positive | None = Field(
+        default=None, description="milliseconds for one image, measured here when distill begins; what is found is kept with the run"
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> Budget:
+        given = [k for k in ("params", "mib", "ms") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of params, mib and ms; found {', '.join(given) or 'none'}")
+        return self
+
+
 class Student(Section):
-    """The teacher's architecture with another width, given or found, or a model of one's own. Exactly one of the three."""
+    """The teacher's architecture with another width, given or found, or a model of one's own. Exactly one of the four."""
 
     width: Count | None = Field(default=None, description="channels of the student's hidden maps")
     ratio: Annotated[float, Field(gt=1), _NUMERIC] | None = Field(
         default=None, description="times fewer parameters than the teacher; the nearest width is found"
     )
+    budget: Budget | None = Field(default=None, description="what it may cost; the largest width within it is found")
     target: Target | None = Field(default=None, description="module:name of a function that returns a Model")
     arguments: Arguments = {}
     encoder: bool = Field(default=False, description="give the student of a GAN without an encoder one, which the phase infer trains")
 
     @model_validator(mode="after")
     def _one(self) -> Student:
-        given = [k for k in ("width", "ratio", "target") if getattr(self, k) is not None]
+        given = [k for k in ("width", "ratio", "budget", "target") if getattr(self, k) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of width, ratio and target; found {', '.join(given) or 'none'}")
+            raise ValueError(f"give exactly one of width, ratio, budget and target; found {', '.join(given) or 'none'}")
         if self.arguments and self.target is None:
             raise ValueError("arguments go with target")
         if self.encoder and self.target is not None:
-            raise ValueError("encoder goes with width or ratio; a model of one's own has the programs that it has")
+            raise ValueError("encoder goes with width, ratio or budget; a model of one's own has the programs that it has")
         return self
 
 

@@ -65,6 +65,7 @@ class Workshop:
     ranks: Ranks = ALONE
     _surrogates: dict[str, Kept] = field(default_factory=dict, init=False, repr=False)
     _synthesizers: dict[str, tuple[Synthesizer, Prompts | None]] = field(default_factory=dict, init=False, repr=False)
+    _widths: list[int] = field(default_factory=list, init=False, repr=False)
 
     @cached_property
     def device(self) -> torch.device:
@@ -157,11 +158,32 @@ class Workshop:
         """A fresh student."""
         return self.student_of(self.teacher, job.seed, job.arm.chain)
 
+    def width(self, teacher: Model) -> int | None:
+        """Of the students of a teacher that are given a budget, or ``None`` where they are not.
+
+        It is found once: a measured time is another each time, and all students of a run, in all its processes, must be alike. The
+        stage distill records it with what it depends on, and whoever comes later reads it there.
+        """
+        student = self.recipe.student
+        if student is None or student.budget is None:
+            return None
+        if not self._widths:
+            begun = self.folder / "distill" / "begun.json"
+            known = read_json(begun)["depends"].get("width") if begun.exists() else None
+            threads = (self.recipe.evaluate or config.Evaluate()).latency_threads
+            budget, encoder = student.budget, student.encoder
+            found = self.ranks.share(lambda: known or build.width_within(budget, teacher, encoder, threads))
+            self._widths.append(int(found))
+        return self._widths[0]
+
     def student_of(self, teacher: Model, seed: int, chain: int | None = None) -> Model:
         """A fresh student of that teacher, of a chain of so many links where it has another than its teacher's."""
         if self.recipe.student is None:
             raise BadInput("the recipe names no student")
-        model = build.student(self.recipe.student, teacher, seed, self.allowed, chain)
+        section, width = self.recipe.student, self.width(teacher)
+        if width is not None:
+            section = section.model_copy(update={"width": width, "budget": None})
+        model = build.student(section, teacher, seed, self.allowed, chain)
         model.net.to(self.device, memory_format=torch.channels_last)  # convolutions run up to twice as fast
         return model
 

@@ -29,7 +29,7 @@ from .energy.statistics import FILE as ACTIVATIONS
 from .energy.view import Look
 from .errors import BadInput, BrokenFile, Failed, Refused
 from .evaluate.arms import accuracy, cost, energies, over_seeds, quality, reconstructions, samples
-from .evaluate.cost import file_mib, parameters
+from .evaluate.cost import file_mib, parameters, size_mib
 from .evaluate.features import pixels
 from .evaluate.frechet import frechet
 from .evaluate.sketch import Sketch
@@ -59,7 +59,7 @@ from .model import Model
 from .noise import Noise
 from .progress import Board, LogTail
 from .ranks import ALONE, Ranks
-from .state import digest_of, fingerprint, lock, plain_tensors, read_json, replacing, sha256, sweep, write_json, write_text
+from .state import digest_of, fingerprint, lock, read_json, replacing, sha256, sweep, write_json, write_text
 from .synthesize import surrogate
 from .synthesize.guided import Guided
 from .synthesize.inversion import Inversion, LatentInversion
@@ -374,6 +374,8 @@ class Run:
             "surrogate": {folder: surrogate.digest(self.folder / folder) for folder in self._images_needed},
             "pixels": self.shop.pixels[0] if self._data_needed else None,
         }
+        if (width := self.shop.width(self.shop.teacher)) is not None:
+            depends["width"] = width
         identity = fingerprint(_plain(depends))
 
         def spoiled() -> str | None:
@@ -727,9 +729,7 @@ class Run:
     def _size_mib(self, job: Job | None, model: Model) -> float:
         if job is not None:
             return file_mib(student_folder(self.folder, job) / "model.safetensors")
-        from safetensors.torch import save
-
-        return len(save(plain_tensors(model.net.state_dict()))) / 2**20
+        return size_mib(model.net)
 
 
 def _check_labels(split: Split, classes: int, whose: str) -> None:

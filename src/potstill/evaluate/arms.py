@@ -16,7 +16,7 @@ from ..model import Model
 from ..noise import Noise
 from ..trace import Point, run
 from . import distances
-from .cost import latency
+from .cost import Latency, latency
 from .features import Features
 
 
@@ -142,24 +142,29 @@ def _inferrer(model: Model) -> Callable[[int], Tensor]:
     return infer
 
 
-def cost(model: Model, threads: int, repeats: int) -> dict[str, float]:
-    """Latency of 1 and 64 images, in ms, with that many threads on a CPU, and images per second at 64.
+def timed(model: Model, batch: int, threads: int, repeats: int) -> Latency:
+    """The time of a batch, with that many threads on a CPU.
 
-    They are generated; by a model that does not generate, they are classified or reconstructed.
+    Its images are generated; by a model that does not generate, they are classified or reconstructed.
     """
     make = _inferrer if model.generate is None else _sampler
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        timed = {b: latency(make(model), b, device=model.device, repeats=repeats) for b in (1, 64)}
+        return latency(make(model), batch, device=model.device, repeats=repeats)
     finally:
         torch.set_num_threads(before)
+
+
+def cost(model: Model, threads: int, repeats: int) -> dict[str, float]:
+    """Latency of 1 and 64 images, in ms, as :func:`timed` has it, and images per second at 64."""
+    one, many = (timed(model, batch, threads, repeats) for batch in (1, 64))
     return {
-        "latency_ms_b1": timed[1].median_ms,
-        "latency_ms_b64": timed[64].median_ms,
-        "latency_iqr_ms_b1": timed[1].iqr_ms,
-        "latency_iqr_ms_b64": timed[64].iqr_ms,
-        "throughput": 64e3 / timed[64].median_ms,
+        "latency_ms_b1": one.median_ms,
+        "latency_ms_b64": many.median_ms,
+        "latency_iqr_ms_b1": one.iqr_ms,
+        "latency_iqr_ms_b64": many.iqr_ms,
+        "throughput": 64e3 / many.median_ms,
     }
 
 

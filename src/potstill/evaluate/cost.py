@@ -11,6 +11,8 @@ import numpy
 import torch
 from torch import nn
 
+from ..state import plain_tensors
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -71,6 +73,13 @@ def latency(
 def parameters(net: nn.Module) -> int:
     """The number of parameters of `net`: trainable and frozen, each shared one once, buffers not."""
     return sum(parameter.numel() for parameter in net.parameters())
+
+
+def size_mib(net: nn.Module) -> float:
+    """The size in MiB that `net` has as a safetensors file: parameters and buffers, each shared one as often as it has names."""
+    from safetensors.torch import save
+
+    return len(save(plain_tensors(net.state_dict()))) / 2**20
 
 
 def file_mib(path: str | Path) -> float:

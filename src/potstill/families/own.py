@@ -1,4 +1,4 @@
-"""Anybody's own networks as models: an encoder with a decoder, a generator, a classifier."""
+"""Anybody's own networks as models: an encoder with a decoder, a generator, a classifier, a denoiser."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.distributions import Categorical, Distribution
 from ..errors import BadInput
 from ..model import Images, Model
 from ..trace import Sampler, gaussian
+from .chain import Chain, Prediction
 
 Spread = Literal["log_variance", "std", "log_std"]
 _STDS: dict[Spread, Callable[[Tensor], Tensor]] = {
@@ -109,6 +110,37 @@ def from_logits(net: nn.Module, images: Images, *, channels_last: bool = False) 
         return Categorical(logits=logits, validate_args=False)
 
     return Model(net, images, infer=infer)
+
+
+def from_eps(
+    net: nn.Module,
+    image: tuple[int, int, int],
+    alphas: Tensor | None,
+    *,
+    prediction: Prediction = "epsilon",
+    sampler: Literal["ddim", "ddpm"] = "ddim",
+    steps: int = 50,
+    clip: bool = True,
+) -> Model:
+    """A denoiser ``eps(x, t)`` as a model that generates by a chain of links, and has the program ``link``; see :class:`Chain`.
+
+    Args:
+        net: called with noisy images ``(batch, C, H, W)`` in [-1, 1] and times ``(batch,)``; returns its prediction, or an object that
+            has it as ``sample``.
+        image: ``(C, H, W)``.
+        alphas: products of ``1 - beta`` up to each time, ``(times,)``, falling from about 1; ``None`` for a flow.
+        prediction: what it predicts: "epsilon", "v", "sample" or "flow".
+        sampler: "ddim" or "ddpm"; a flow takes Euler's steps.
+        steps: links of the chain.
+        clip: predicted images to [-1, 1] at every link.
+
+    Raises:
+        BadInput: the numbers do not fit together.
+    """
+    try:
+        return Chain(net, image, prediction, alphas, sampler, steps, clip).model()
+    except ValueError as error:
+        raise BadInput(str(error)) from None
 
 
 class _Layout:
