@@ -451,7 +451,7 @@ def test_an_adversary_needs_no_data(gans):
             "arm student_with_data, generate: begins with images, but the teacher, a GAN, does not infer the noise behind them",
         ),
         ({"train": {"model": NET | {"classes": 2}, **STEPS}}, "data: label 3, but train.model.classes is 2"),
-        ({"student": {"target": "own:made", "encoder": True}}, "student: encoder goes with width or ratio"),
+        ({"student": {"target": "own:made", "encoder": True}}, "student: encoder goes with width, ratio or budget"),
         ({"train": {"model": NET | {"arch": "unet"}, **STEPS}}, "train.model.arch: input should be 'conv' or 'mlp'"),
     ],
 )
