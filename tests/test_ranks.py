@@ -306,9 +306,9 @@ def close(folder, expected):
     for file in files:
         found, whole = (LVAE.from_pretrained(root / file).eval().model() for root in (folder, expected))
         images = [model.sample(16, Noise((7,))) for model in (found, whole)]
-        torch.testing.assert_close(images[0], images[1], rtol=0, atol=2e-4, msg=lambda text, file=file: f"{file}: {text}")
+        torch.testing.assert_close(images[0], images[1], rtol=0, atol=1e-5, msg=lambda text, file=file: f"{file}: {text}")
         again = [model.reconstruct(images[1], Noise((8,))) for model in (found, whole)]
-        torch.testing.assert_close(again[0], again[1], rtol=0, atol=2e-4, msg=lambda text, file=file: f"{file}: {text}")
+        torch.testing.assert_close(again[0], again[1], rtol=0, atol=1e-5, msg=lambda text, file=file: f"{file}: {text}")
 
 
 STEPS = {"steps": 5, "batch": 7}  # which two cannot share evenly

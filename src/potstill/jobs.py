@@ -32,7 +32,7 @@ from .families.chain import DenoisingLoss
 from .families.classifier import classes_of
 from .families.diffusion import Autoencoding, Denoising, TextToImage, chain_of
 from .families.gan import GAN
-from .model import Model, kept_for_gradient
+from .model import Model, evaluating, kept_for_gradient
 from .noise import Noise
 from .ranks import ALONE, Ranks
 from .state import States, digest_of, fingerprint, lock, os_error, publish, read_json, save_tensors, sha256, write_json
@@ -498,24 +498,21 @@ def _adversarial(shop: Workshop, job: Job, identity: str, student: Model, number
                 continue
             folder = student_folder(shop.folder, job) / f"round-{i}" / source
             if i == number:
-                modes = {module: module.training for module in student.net.modules()}
-                student.net.eval()
-                surrogate.write(
-                    folder,
-                    shop.synthesis(source, student),
-                    Noise((shop.recipe.seed, source, job.seed, "round", i)),
-                    n=section.n,
-                    batch=section.batch,
-                    shard=section.shard,
-                    # Not of the student's weights: when its training goes on, they are already those of the middle of the round.
-                    identity=fingerprint({"run": identity, "job": job.name, "round": i, "section": section.model_dump(mode="json")}),
-                    source=section.kind,
-                    pixels=shop.teacher.images.pixels,
-                    keep_going=keep_going,
-                    ranks=shop.ranks,
-                )
-                for module, mode in modes.items():
-                    module.training = mode
+                with evaluating(student.net):
+                    surrogate.write(
+                        folder,
+                        shop.synthesis(source, student),
+                        Noise((shop.recipe.seed, source, job.seed, "round", i)),
+                        n=section.n,
+                        batch=section.batch,
+                        shard=section.shard,
+                        # Not of the student's weights: when its training goes on, they are already those of the middle of the round.
+                        identity=fingerprint({"run": identity, "job": job.name, "round": i, "section": section.model_dump(mode="json")}),
+                        source=section.kind,
+                        pixels=shop.teacher.images.pixels,
+                        keep_going=keep_going,
+                        ranks=shop.ranks,
+                    )
             yield surrogate.read(folder)
 
 

@@ -19,7 +19,7 @@ from .energy.view import View
 from .errors import BadInput
 from .evaluate.arms import samples
 from .families.classifier import classes_of
-from .model import Model
+from .model import Model, evaluating
 from .noise import Noise
 from .state import States
 from .synthesize.inversion import Inversion
@@ -83,7 +83,8 @@ def compress(
     for name, objective in objectives.items():
         gray = None if name == "generate" else torch.full((2, *teacher.images.shape), 0.5, device=teacher.device)
         try:
-            objective(noise.fold("rehearsal"), gray, 2)
+            with torch.no_grad(), evaluating(student.net):
+                objective(noise.fold("rehearsal"), gray, 2)
         except Exception as error:
             raise BadInput(f"{name}: {build.reason(error)}") from None
     training = config.Training(steps=steps, batch=batch, lr=lr, warmup=min(50, steps // 10))
@@ -119,7 +120,7 @@ def _objective(name: str, teacher: Model, student: Model, rules: Sequence[Match]
     if classifies:
         return Distiller(teacher, student, rules or (Match("out", hinton(4.0)),), "infer")
     gray = torch.full((2, *student.images.shape), 0.5, device=teacher.device)
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(student.net):
         plain = isinstance(run(student.program("infer"), student.images.encode(gray), noise=Noise()).out.dist, Point)
     return Distiller(teacher, student, (Match(),) if plain else (Match(weight=0.0),), "infer", elbo=0.0 if plain else 1.0)
 

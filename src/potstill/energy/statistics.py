@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from ..errors import BadInput, BrokenFile
-from ..model import Model
+from ..model import Model, evaluating
 from ..noise import Noise
 from ..state import read_tensors, write_tensors
 from .view import Energy, Moments, Term, View, energy
@@ -64,9 +64,7 @@ def record(model: Model, images: Tensor, noise: Noise = Noise(), batch: int = 25
         raise ValueError("activation statistics of no images")
     first: dict[str, Tensor] = {}  # means, and mean squares below: batches weighted by their images
     second: dict[str, Tensor] = {}
-    modes = {module: module.training for module in model.net.modules()}
-    model.net.eval()
-    try:
+    with evaluating(model.net):
         for start in range(0, len(images), batch):
             x = images[start : start + batch].to(model.device)
             share = len(x) / len(images)
@@ -74,9 +72,6 @@ def record(model: Model, images: Tensor, noise: Noise = Noise(), batch: int = 25
                 mean, variance = mean.double(), variance.double()
                 first[name] = first.get(name, 0.0) + share * mean
                 second[name] = second.get(name, 0.0) + share * (variance + mean**2)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     summary = {}
     for name, mean in first.items():
         summary[f"{name}.mean"] = mean.float().cpu()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution
 
 from ..errors import BadInput
-from ..model import Images, Model
+from ..model import Images, Model, evaluating
 from ..trace import Sampler, gaussian
 from .chain import Chain, Prediction
 
@@ -209,14 +209,10 @@ def _posterior(found: Any, spread: Spread, encode: Any) -> Distribution:
 @torch.no_grad()
 def _latent_shape(net: nn.Module, images: Images, posterior: Callable[[Tensor], Distribution]) -> tuple[int, ...]:
     """Of one latent, seen by encoding two gray images; the network is left as it was."""
-    modes = {module: module.training for module in net.modules()}
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
-    net.eval()
     try:
-        found = posterior(images.encode(torch.full((2, *images.shape), 0.5, device=device)))
+        with evaluating(net):
+            found = posterior(images.encode(torch.full((2, *images.shape), 0.5, device=device)))
     except (ValueError, RuntimeError, TypeError, IndexError) as error:
         raise BadInput(f"encoder: on images of {tuple(images.shape)}: {(str(error).splitlines() or [''])[0]}") from None
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return tuple(found.batch_shape + found.event_shape)[1:]
