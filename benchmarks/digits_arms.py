@@ -1,8 +1,9 @@
 """Where does guidance help? Three kinds of student on real digits, each trained on images from many sources, one row a source.
 
-(a) an LVAE student's encoder and reconstruction; (b) a classifier; (c) an autoencoder whose prior cannot be sampled, for its KL
-has a weight of 1e-6 as that of Stable Diffusion's own: a surrogate from outside is the only way. The prior has seen characters of
-public fonts and no handwriting. Every row has the same number of updates and the same student seeds; real images are the bar.
+(a) an LVAE student's encoder and reconstruction, its generator learned on the teacher's noise first, as in the demo; (b) a classifier;
+(c) an autoencoder whose prior cannot be sampled, for its KL has a weight of 1e-6 as that of Stable Diffusion's own: a surrogate from
+outside is the only way. The prior has seen characters of public fonts and no handwriting. Every row has the same number of updates and
+the same student seeds; real images are the bar.
 
     python benchmarks/digits_arms.py [--only a b c] [--seeds 3] [--runs runs/benchmark-arms] [--prior zoo:glyphs-sd]
 """
@@ -58,11 +59,14 @@ def of_class(path: str, *energy: dict[str, Any]) -> dict[str, Any]:
 
 
 def reconstruction(path: str) -> dict[str, Any]:
-    """(a) the student of an LVAE, encoder and decoder trained together on images."""
+    """(a) the student of an LVAE: its generator on the teacher's noise, then its encoder on images."""
     return {
         "teacher": {"kind": "pretrained", "path": "zoo:digits-lvae"},
         "student": {"width": 8},
-        "distill": {"generate": None, "infer": {"steps": 600, "batch": 128, "lr": 1.2e-2, "ema": 0.98}},
+        "distill": {
+            "generate": {"steps": 600, "batch": 128, "lr": 2e-2, "ema": 0.98},
+            "infer": {"steps": 600, "batch": 128, "lr": 5e-3, "ema": 0.98},
+        },
         "surrogates": {
             "teachers-prior": COMMON | {"kind": "ancestral", "observe": "sample"},
             "unguided": prior(path),

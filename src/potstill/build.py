@@ -422,7 +422,7 @@ def width_within(budget: config.Budget, of: Model, encoder: bool = False, thread
 def _shrinkable(of: Model) -> Network:
     if not isinstance(of.net, Network):
         what = type(of.net).__name__
-        raise BadInput(f"student: width, ratio and budget are for potstill's own families; the teacher is a {what}. Give a target")
+        raise BadInput(f"student: width, ratio, budget and start are for potstill's own families; the teacher is a {what}. Give a target")
     return of.net
 
 
@@ -445,9 +445,14 @@ def student(section: config.Student, of: Model, seed: int, allowed: Sequence[str
     Raises:
         BadInput: it is wider than the teacher, makes images of another shape, or has no chain.
     """
-    if section.target is not None:
+    if section.start is not None:
+        net = _shrinkable(of)
+        copy = born(seed, "student", lambda: _shrunk(net, net.width, False, chain))
+        copy.load_state_dict(net.state_dict())
+        model: Model = copy.model()
+    elif section.target is not None:
         target = section.target
-        model: Model = born(seed, "student", lambda: _own_model(target, allowed, **section.arguments))
+        model = born(seed, "student", lambda: _own_model(target, allowed, **section.arguments))
     else:
         net = _shrinkable(of)
         if section.encoder and not isinstance(net, GAN):

@@ -98,6 +98,7 @@ Target = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 Text = Annotated[str, Field(min_length=1), AfterValidator(_plain)]
 Pattern = Annotated[str, AfterValidator(_plain)]
 Arguments = Annotated[dict[str, Any], AfterValidator(_json)]
+Labels = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31), _NUMERIC], ...], Field(min_length=1)]
 
 
 # ------------------------------------------------------------------ real data, which only its owner has
@@ -374,7 +375,7 @@ class Budget(Section):
 
 
 class Student(Section):
-    """The teacher's architecture with another width, given or found, or a model of one's own. Exactly one of the four."""
+    """The teacher's architecture with another width, given or found, or a model of one's own, or the teacher. Exactly one of the five."""
 
     width: Count | None = Field(default=None, description="channels of the student's hidden maps")
     ratio: Annotated[float, Field(gt=1), _NUMERIC] | None = Field(
@@ -382,17 +383,18 @@ class Student(Section):
     )
     budget: Budget | None = Field(default=None, description="what it may cost; the largest width within it is found")
     target: Target | None = Field(default=None, description="module:name of a function that returns a Model")
+    start: Literal["teacher"] | None = Field(default=None, description="a copy of the teacher, weights and all, which goes on learning")
     arguments: Arguments = {}
     encoder: bool = Field(default=False, description="give the student of a GAN without an encoder one, which the phase infer trains")
 
     @model_validator(mode="after")
     def _one(self) -> Student:
-        given = [k for k in ("width", "ratio", "budget", "target") if getattr(self, k) is not None]
+        given = [k for k in ("width", "ratio", "budget", "target", "start") if getattr(self, k) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of width, ratio, budget and target; found {', '.join(given) or 'none'}")
+            raise ValueError(f"give exactly one of width, ratio, budget, target and start; found {', '.join(given) or 'none'}")
         if self.arguments and self.target is None:
             raise ValueError("arguments go with target")
-        if self.encoder and self.target is not None:
+        if self.encoder and (self.target or self.start):
             raise ValueError("encoder goes with width, ratio or budget; a model of one's own has the programs that it has")
         return self
 
@@ -454,6 +456,7 @@ class Train(Training):
     """A teacher or a feature network from real data: the data owner's side."""
 
     model: Net
+    labels: Labels | None = Field(default=None, description="train on images of these labels alone; the held-out ones keep all")
     beta: NotNegative = Field(default=1.0, description="weight of the latents' KL")
     beta_warmup: NotNegative = Field(default=200, description="updates over which beta rises from 0")
     autoencoder: Training = Field(default=Training(), description="first phase of a text_to_image model; the rest is of its denoiser")
@@ -691,6 +694,29 @@ class Scratch(Training):
     discriminator: Adversary = Field(default=Adversary(), description="of a gan")
 
 
+class Continual(Scratch):
+    """The one phase of a student that learns new images while its teacher's own are replayed, so that it keeps what the teacher knew.
+
+    It is the loss of ``scratch`` on both, and the rules on the teacher's noise, where there are some.
+    """
+
+    new: Annotated[float, Field(gt=0, lt=1), _NUMERIC] = Field(
+        default=0.5, description="weight of the new images, such as their share of all that is to be known; the rest is the replayed ones'"
+    )
+    elbo: NotNegative = Field(default=1.0, description="weight of the replayed images' ELBO; published: 0, which lets the encoder forget")
+    rules: tuple[Rule, ...] = Field(
+        default=(),
+        description="what to compare of both generators on the same noise. Published, with a model that is told whether to draw old images "
+        "or new ones; one that is not told could draw nothing new from noise at which it is held to the old",
+    )
+
+    @model_validator(mode="after")
+    def _replays(self) -> Continual:
+        if not self.elbo and not any(rule.weight for rule in self.rules):
+            raise ValueError("elbo is 0 and no rule has a weight, so nothing is replayed; that is a scratch arm")
+        return self
+
+
 class Distill(Section):
     """The two phases of a distilled student, and the one of a student from scratch.
 
@@ -703,6 +729,10 @@ class Distill(Section):
     generate: Generator | None = Generator()
     infer: Encoder | None = Encoder()
     scratch: Scratch = Scratch()
+    continual: Continual = Continual()
+    labels: Labels | None = Field(
+        default=None, description="arms with real images see those of these labels alone; the held-out ones keep all"
+    )
     rounds: Annotated[int, Field(ge=1, le=1000), _NUMERIC] = Field(
         default=1,
         description="parts that the data-free phase infer is done in; before each but the first, surrogates with the energy disagreement "
@@ -711,7 +741,7 @@ class Distill(Section):
 
     def generators(self, arm: Arm) -> tuple[tuple[str, Link | Generator], ...]:
         """The phases of a distilled arm that train the student's generator, in order, by name."""
-        if arm.kind == "scratch":
+        if not arm.distilled:
             return ()
         given = (("link", self.link), ("generate", self.generate if arm.generate else None))
         return tuple((name, section) for name, section in given if section is not None)
@@ -725,10 +755,11 @@ class Arm(Section):
     """One row of the table: a way to make the student.
 
     ``data_free`` sees no data. ``with_data`` is distilled on real images by the same losses. ``scratch`` has no teacher: the
-    ELBO, or a classifier's cross-entropy, on real images, or where it names surrogates on theirs.
+    ELBO, or a classifier's cross-entropy, on real images, or where it names surrogates on theirs. ``continual`` learns real images
+    while it is held to its teacher's own.
     """
 
-    kind: Literal["data_free", "with_data", "scratch"]
+    kind: Literal["data_free", "with_data", "scratch", "continual"]
     name: Name | None = None
     steps: Count | None = Field(default=None, description="updates of the first phase, where this arm's differ from the recipe's")
     replay: Pattern | None = None
@@ -739,6 +770,7 @@ class Arm(Section):
     surrogate: Annotated[tuple[Name, ...], Field(min_length=1), BeforeValidator(_listed)] | None = Field(
         default=None, description="one of the recipe's surrogates by name, or several put together; by default the section surrogate"
     )
+    labels: Labels | None = Field(default=None, description="of its real images, where this arm's differ from the recipe's")
     generate: bool = Field(default=True, description="whether a distilled arm has the phase generate")
     infer: bool = Field(default=True, description="whether a distilled arm's encoder is trained too")
 
@@ -750,7 +782,12 @@ class Arm(Section):
     @property
     def real(self) -> bool:
         """Whether it trains on real images."""
-        return self.kind == "with_data" or (self.kind == "scratch" and self.surrogate is None)
+        return self.kind in ("with_data", "continual") or (self.kind == "scratch" and self.surrogate is None)
+
+    @property
+    def distilled(self) -> bool:
+        """Whether it has the phases of distillation rather than one of its own."""
+        return self.kind in ("data_free", "with_data")
 
     @model_validator(mode="before")
     @classmethod
@@ -759,8 +796,10 @@ class Arm(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Arm:
-        if self.kind == "scratch" and (self.replay is not None or self.share is not None or self.adversarial is not None):
-            raise ValueError("replay, share and adversarial are of distilled arms; a scratch arm has no teacher")
+        if not self.distilled and (self.replay is not None or self.share is not None or self.adversarial is not None):
+            raise ValueError(f"replay, share and adversarial are of distilled arms; a {self.kind} arm has one phase of its own")
+        if self.labels is not None and not self.real:
+            raise ValueError("labels are of arms with real images")
         if self.kind != "data_free" and (self.start is not None or (self.surrogate is not None and self.kind != "scratch")):
             raise ValueError("start and surrogate are of data_free arms; the others have real images")
         if self.title == "teacher":
@@ -781,6 +820,9 @@ class Evaluate(Section):
     )
     batch: Count = 256
     k: Count = Field(default=5, description="neighbors of precision, recall, density and coverage")
+    groups: dict[Name, Labels] = Field(
+        default={}, description="labels by a name: figures of the held-out images of each group, and its share of the samples"
+    )
     latency_threads: Count = 1
     latency_repeats: Annotated[int, Field(ge=3), _NUMERIC] = 50
 
@@ -887,7 +929,7 @@ class Recipe(Section):
                 break
         for arm in self.arms if self.distill else ():
             if self.distill and not self.distill.generators(arm):
-                if arm.kind != "scratch" and not (self.distill.infer and arm.infer):
+                if arm.distilled and not (self.distill.infer and arm.infer):
                     problems.append(f"arm {arm.title}: without generate and infer it has no phase")
                 if any(v is not None for v in (arm.replay, arm.share, arm.start, arm.adversarial)):
                     problems.append(f"arm {arm.title}: replay, share, start and adversarial are of the phase generate, which is null")
@@ -901,7 +943,7 @@ class Recipe(Section):
         ):
             problems.append("distill.rounds: needs a surrogate with the energy disagreement, and a phase infer with a step for each round")
         if self.distill and not self.data and any(arm.real for arm in self.arms):
-            problems.append("arms: with_data and scratch need data")
+            problems.append("arms: with_data, scratch and continual need data")
         if self.evaluate and not self.distill:
             problems.append("evaluate: needs distill")
         if self.evaluate and not self.data:

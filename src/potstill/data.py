@@ -46,6 +46,22 @@ class Split:
     labels: Labels | None
     captions: tuple[str, ...] | None = None
 
+    def of(self, labels: Sequence[int] | None) -> Split:
+        """The images of those labels; all of them where there are none.
+
+        Raises:
+            BadInput: no image has a label, or none has one of these.
+        """
+        if labels is None:
+            return self
+        if self.labels is None:
+            raise BadInput("data: has no labels to choose images by")
+        chosen = np.flatnonzero(np.isin(self.labels, labels))
+        if len(chosen) < 2:
+            raise BadInput(f"data: {len(chosen)} images of the labels {', '.join(map(str, labels))}; two or more are needed")
+        captions = None if self.captions is None else tuple(self.captions[i] for i in chosen)
+        return Split(self.images[chosen], self.labels[chosen], captions)
+
     def digest(self) -> str:
         """Hex digest of the pixels and labels."""
         hasher = hashlib.sha256(repr(self.images.shape).encode())

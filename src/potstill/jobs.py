@@ -22,7 +22,7 @@ from . import build, config
 from .data import Dataset, Kept, Split, floats
 from .distill.adversary import AdversarialTraining, Adversary
 from .distill.augment import augmented
-from .distill.distiller import Classification, Distiller, Encoding, likelihood, reached, train_only
+from .distill.distiller import Classification, Continual, Distiller, Encoding, likelihood, reached, train_only
 from .distill.loop import Batch, Log, Phase, fit
 from .distill.pool import OnlineLinks
 from .divergence import total
@@ -126,10 +126,15 @@ class Workshop:
             self._surrogates[folder] = images
         return self._surrogates[folder]
 
+    def real_of(self, arm: config.Arm) -> Split:
+        """The real images that an arm trains on."""
+        labels = arm.labels or (self.recipe.distill or config.Distill()).labels
+        return self.real.train.of(labels)
+
     def images_of(self, arm: config.Arm, phase: str) -> Kept | None:
         """What a phase of an arm begins with: real images, its surrogates put together, or ``None``, noise alone."""
         if arm.real:
-            return self.real.train.images
+            return self.real_of(arm).images
         folders = self.recipe.images_of(arm, phase)
         return np.concatenate([self.surrogate(folder) for folder in folders]) if folders else None
 
@@ -228,8 +233,8 @@ def is_done(run: Path, job: Job, identity: str | None = None) -> bool:
 def updates(recipe: config.Recipe, arm: config.Arm) -> dict[str, int]:
     """Number of updates of each of an arm's phases."""
     distill = recipe.distill or config.Distill()
-    if arm.kind == "scratch":
-        return {"scratch": arm.steps or distill.scratch.steps}
+    if not arm.distilled:
+        return {arm.kind: arm.steps or getattr(distill, arm.kind).steps}
     phases = {name: section.steps for name, section in distill.generators(arm)}
     if distill.infer and arm.infer:
         phases["infer"] = distill.infer.steps
@@ -399,6 +404,8 @@ def rehearse(shop: Workshop, teacher: Model) -> None:
         section = getattr(distill, phase)
         check_augment(section and section.augment, teacher.images.shape, f"distill.{phase}")
     student, classes = shop.student_of(teacher, 0), classes_of(teacher)
+    if any(arm.kind == "continual" for arm in shop.recipe.arms):
+        _check_continual(teacher)
     noise, gray = Noise((0, "rehearsal")), torch.full((2, *teacher.images.shape), 0.5, device=shop.device)
     if classes is not None:
         _check_labels(student, classes)
@@ -424,6 +431,8 @@ def rehearse(shop: Workshop, teacher: Model) -> None:
             try:
                 if name == "scratch":
                     losses, learns = scratch(student, adversary), {n for n, _ in student.net.named_parameters()}
+                elif name == "continual":
+                    losses, learns = _continual(distill, teacher, student)(noise, gray), {n for n, _ in student.net.named_parameters()}
                 elif plain == "link" and (pool := _pool(shop.recipe, arm, teacher, student, 0, 2)):
                     losses, learns = pool(noise, torch.arange(2)), _learns(distill, arm, student, plain)
                 else:
@@ -446,6 +455,19 @@ def rehearse(shop: Workshop, teacher: Model) -> None:
             if not learns:
                 own = " of its own" if _plain_name(name) == "infer" else ""
                 raise BadInput(f"arm {arm.title}, {name}: the student's {name} program has no parameters{own} to train")
+
+
+def _check_continual(teacher: Model) -> None:
+    if teacher.generate is None or teacher.infer is None or classes_of(teacher) is not None or chain_of(teacher):
+        raise BadInput(
+            f"arms: continual is for teachers that generate and infer, such as a VAE; this is a {type(teacher.net).__name__}, whose images "
+            "cannot be replayed and learned by one loss"
+        )
+
+
+def _continual(distill: config.Distill, teacher: Model, student: Model) -> Continual:
+    section = distill.continual
+    return Continual(teacher, student, likelihood(student, section.beta), build.rules(section.rules), section.new, section.elbo)
 
 
 def _own(adversary: Adversary | None) -> list[torch.nn.Parameter]:
@@ -523,9 +545,8 @@ def _from_scratch(
     training: config.Scratch | config.Train,
     name: str,
     classifier: bool,
-    surrogate: Kept | None = None,
+    train: Split,
 ) -> Callable[[str], Phase]:
-    train = shop.real.train if surrogate is None else Split(surrogate, None)
     load = _loader(train.images, shop.device, training.augment)
 
     def elbo(module: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -547,6 +568,9 @@ def _from_scratch(
         if chain := chain_of(model):
             denoising = DenoisingLoss(model.net, chain)
             return Phase(name, denoising, lambda module, batch: module(batch.noise, load(batch)), parameters, training, len(train.images))
+        if isinstance(training, config.Continual):
+            continual = _continual(shop.recipe.distill or config.Distill(), shop.teacher, model)
+            return Phase(name, continual, elbo, parameters, training, len(train.images))
         return Phase(name, likelihood(model, training.beta), elbo, parameters, training, len(train.images))
 
     return phase
@@ -566,10 +590,13 @@ def make_student(
     distill = recipe.distill or config.Distill()
     student = shop.student(job)
     adversary = adversary_of(recipe, job.arm, student, job.seed)
-    if job.arm.kind == "scratch":
-        section = distill.scratch.model_copy(update={"steps": job.arm.steps or distill.scratch.steps})
+    if not job.arm.distilled:
+        kind = job.arm.kind
+        whole: config.Scratch = getattr(distill, kind)
+        section = whole.model_copy(update={"steps": job.arm.steps or whole.steps})
         images = None if job.arm.real else shop.images_of(job.arm, "scratch")
-        phases = _from_scratch(shop, student, adversary, section, "scratch", shop.classes is not None, images)
+        train = shop.real_of(job.arm) if images is None else Split(images, None)
+        phases = _from_scratch(shop, student, adversary, section, kind, shop.classes is not None, train)
     else:
         phases = _distilled(shop, job, identity, student, adversary, distill, keep_going)
     states = States(states_of(shop.folder) / job.name)
@@ -652,7 +679,9 @@ def make_teacher(
     states = States(shop.folder / "state" / "train")
     fit(
         _with(model, adversary),
-        _from_scratch(shop, model, adversary, section, "train", isinstance(section.model, config.CLASSIFIERS)),
+        _from_scratch(
+            shop, model, adversary, section, "train", isinstance(section.model, config.CLASSIFIERS), shop.real.train.of(section.labels)
+        ),
         ["train"],
         Noise((recipe.seed, "train")),
         engine=engine,
@@ -684,9 +713,9 @@ def make_prior(
     told: Callable[[dict[str, Any]], None] | None = None,
 ) -> TextToImage:
     """Train the text-to-image model of the recipe's ``train`` section, and write it to ``teacher`` in the layout of diffusers."""
-    recipe, split = shop.recipe, shop.real.train
-    section = recipe.train
+    recipe, section = shop.recipe, shop.recipe.train
     assert section is not None
+    split = shop.real.train.of(section.labels)
     assert isinstance(section.model, config.TextToImageNet)  # the caller's own check
     described, captions = section.model, captions_of(split)
     net: TextToImage = build.born(recipe.seed, "teacher", lambda: build.text_to_image(described, captions))
@@ -781,7 +810,10 @@ def student_card(recipe: config.Recipe, job: Job, counts: dict[str, int], parame
         "data_free": "from its teacher alone, without data",
         "with_data": "from its teacher, on real images",
         "scratch": "from scratch on real images, without a teacher",
+        "continual": "on new real images, with its teacher's own replayed",
     }[job.arm.kind]
+    if recipe.student and recipe.student.start:
+        how = f"from its teacher's weights, {how.removeprefix('from scratch ')}"
     steps = ", ".join(f"{count:,} updates of {name}" for name, count in counts.items())
     return (
         f"{_front('distillation')}\n# {recipe.name}: {job.arm.title}, seed {job.seed}\n\n"

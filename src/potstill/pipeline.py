@@ -28,7 +28,7 @@ from .distill.loop import accelerator, threads
 from .energy.statistics import FILE as ACTIVATIONS
 from .energy.view import Look
 from .errors import BadInput, BrokenFile, Failed, Refused
-from .evaluate.arms import accuracy, cost, energies, over_seeds, quality, reconstructions, samples
+from .evaluate.arms import accuracy, cost, energies, over_seeds, quality, reconstructions, samples, shares
 from .evaluate.cost import file_mib, parameters, size_mib
 from .evaluate.features import pixels
 from .evaluate.frechet import frechet
@@ -256,6 +256,17 @@ class Run:
         if (section.n or len(test)) <= section.k:
             raise BadInput(f"evaluate.k: {section.k} neighbors, but {section.n or len(test)} held-out images")
         self.features.of(floats(test[:2]))
+        self._groups(section, self.shop.real.test.labels)
+
+    @staticmethod
+    def _groups(section: config.Evaluate, labels: Any) -> dict[str, Any]:
+        """Rows of the held-out images of each group."""
+        if section.groups and labels is None:
+            raise BadInput("evaluate.groups: the data has no labels")
+        found = {name: np.flatnonzero(np.isin(labels[: section.n], wanted)) for name, wanted in section.groups.items()}
+        if empty := [name for name, rows in found.items() if not len(rows)]:
+            raise BadInput(f"evaluate.groups.{empty[0]}: none of its labels is among the held-out images")
+        return found
 
     # -------------------------------------------------------------- the stages
 
@@ -563,6 +574,7 @@ class Run:
         n, k, shown = len(test), section.k, recipe.report.images if recipe.report else config.Report().images
         generates = shop.teacher.generate is not None
         real = self.features.of(test) if generates else None
+        groups = self._groups(section, data.test.labels)
 
         def measured(images: torch.Tensor, who: str) -> dict[str, float]:
             if real is None:
@@ -593,6 +605,8 @@ class Run:
                 if generates and model.generate is not None:
                     generated = samples(model, n, noise, section.batch)
                     figures |= measured(generated, name if job is None else job.name)
+                    if groups and real is not None:
+                        figures |= {f"share/{k}": v for k, v in shares(features(generated), real, groups).items()}
                     if reference is None:
                         reference = generated
                         drawn = generated if drawn is None else drawn
@@ -602,9 +616,14 @@ class Run:
                         pictures[f"samples/{name}"] = sketch(generated, shown)
                 if shop.classes is not None and data.test.labels is not None:
                     figures["accuracy"] = accuracy(model, test, data.test.labels[:n], section.batch)
+                    for group, rows_of in groups.items():
+                        figures[f"accuracy/{group}"] = accuracy(model, test[rows_of], data.test.labels[:n][rows_of], section.batch)
                 elif model.infer is not None:
                     outputs, found = reconstructions(model, test, noise, section.batch)
                     figures |= found
+                    for group, rows_of in groups.items():
+                        found = reconstructions(model, test[rows_of], noise, section.batch)[1]
+                        figures |= {f"{key}/{group}": value for key, value in found.items()}
                     if seed == recipe.seeds[0]:
                         pictures[f"reconstruction/{name}"] = sketch(outputs, shown)
                 figures |= cost(model, section.latency_threads, section.latency_repeats)
@@ -711,9 +730,12 @@ class Run:
             "data_free": self._data_free_note(arm),
             "with_data": "the same losses on real images",
             "scratch": f"{loss} {'real' if arm.real else 'surrogate'} images, no teacher",
+            "continual": f"{loss} new real images, and the teacher's own replayed",
         }[arm.kind]
         extra = [f"{k} {v!r}" for k, v in (("share", arm.share), ("replay", arm.replay), ("chain", arm.chain)) if v is not None]
         counts = updates(self.recipe, arm)
+        if self.recipe.student and self.recipe.student.start:
+            note = f"from the teacher's weights, {note}"
         note = "; ".join([note, " + ".join(f"{v} {k}" for k, v in counts.items()) + " updates", *extra])
         return {"label": arm.title, "updates": sum(counts.values()), "data": "real" if arm.real else "none", "note": note}
 

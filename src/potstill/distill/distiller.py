@@ -238,6 +238,69 @@ def likelihood(model: Model, beta: float = 1.0) -> Elbo | WakeSleep:
     return Elbo(model, beta) if closed else WakeSleep(model)
 
 
+@dataclass(frozen=True)
+class Stacked:
+    """The noise of one batch above that of another of as many rows."""
+
+    first: Noise
+    second: Noise
+
+    def fold(self, *keys: int | str) -> Stacked:
+        return Stacked(self.first.fold(*keys), self.second.fold(*keys))
+
+    def normal(self, name: str, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        half = (shape[0] // 2, *shape[1:])
+        return torch.cat([source.normal(name, half, device) for source in (self.first, self.second)])
+
+    def uniform(self, name: str, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        half = (shape[0] // 2, *shape[1:])
+        return torch.cat([source.uniform(name, half, device) for source in (self.first, self.second)])
+
+
+class Continual(nn.Module):
+    """New images learned while the teacher's own are replayed: continual learning by Chen et al. (CVPR 2023), who replay the
+    generator alone, and Shin et al. ("Continual learning with deep generative replay", NeurIPS 2017), who replay images.
+
+    Args:
+        teacher: what was known before; frozen by the caller, no submodule.
+        student: often a copy of it, which goes on learning.
+        own: the student's loss of images: :func:`likelihood`.
+        rules: what to compare of the two generators on the same noise.
+        new: weight of the new images, in (0, 1); the rest is the replayed ones'.
+        elbo: weight of the own loss of replayed images; 0 lets inference forget.
+    """
+
+    def __init__(self, teacher: Model, student: Model, own: Elbo | WakeSleep, rules: Sequence[Match], new: float = 0.5, elbo: float = 1.0):
+        super().__init__()
+        self.own = own
+        self._teacher, self._student, self.rules, self.new, self.elbo = (teacher,), student, tuple(rules), new, elbo
+
+    def forward(self, noise: Noise, images: Tensor, warmup: float = 1.0) -> dict[str, Tensor]:
+        """``new.*`` and ``old.*``, the own losses of new and replayed images, and ``replay.*``, by node, each ``(batch,)``.
+
+        Args:
+            noise: of what is inferred, and folded, of what is replayed.
+            images: ``(batch, C, H, W)`` in [0, 1].
+            warmup: as the own loss takes it.
+        """
+        (teacher,), student, n = self._teacher, self._student, len(images)
+        drawn = DrawnOnce(noise.fold("replay"))
+        with torch.no_grad():
+            known = run(teacher.program("generate"), noise=drawn, n=n, device=images.device)
+            replayed = teacher.images.decode(known.output)
+        losses = {}
+        if any(rule.weight for rule in self.rules):
+            found = run(student.program("generate"), noise=drawn, n=n, device=images.device)
+            losses = {f"replay.{name}": (1 - self.new) * part for name, part in compare(known, found, self.rules).items()}
+        if self.elbo:
+            # In one pass, so that BatchNorm sees both kinds together as it will in the end.
+            parts = self.own(Stacked(noise, noise.fold("replayed")), torch.cat([images, replayed]), warmup)
+            losses |= {f"old.{name}": (1 - self.new) * self.elbo * part[n:] for name, part in parts.items()}
+        else:
+            parts = self.own(noise, images, warmup)
+        return losses | {f"new.{name}": self.new * part[:n] for name, part in parts.items()}
+
+
 class Classification(nn.Module):
     """Cross-entropy of images against their labels."""
 

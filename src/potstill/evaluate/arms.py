@@ -108,6 +108,20 @@ def quality(generated: Tensor, real: NDArray[numpy.float32], features: Features,
     return distances(real, features(generated), k=k)
 
 
+def shares(generated: NDArray[numpy.float32], real: NDArray[numpy.float32], groups: Mapping[str, NDArray[numpy.int64]]) -> dict[str, float]:
+    """Share of the samples whose nearest real image, of those in any group, is in each.
+
+    Args:
+        generated: features ``(n, d)``.
+        real: features ``(m, d)``.
+        groups: rows of the real images, by name.
+    """
+    rows, owners = numpy.concatenate([*groups.values()]), numpy.repeat([*groups], [len(found) for found in groups.values()])
+    distances = torch.cdist(torch.from_numpy(generated).double(), torch.from_numpy(real[rows]).double())
+    nearest = owners[distances.argmin(1).numpy()]
+    return {name: float((nearest == name).mean()) for name in groups}
+
+
 class _Remembered:
     """Noise that is drawn once: what is timed is the network, not the generator of random numbers, which a user may replace."""
 

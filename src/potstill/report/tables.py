@@ -7,7 +7,7 @@ command line can print a table without loading a plotting library.
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 __all__ = ["ARM_LABELS", "DASH", "METRICS", "Arm", "Metric", "Value", "arms_of", "compared_metric", "features_of", "floor_of"]
@@ -70,6 +70,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("coverage", "Coverage", "higher", "share of real images with a generated one nearby"),
     Metric("reconstruction_mse", "Reconstruction MSE", "lower", "mean squared error per pixel on real test images", "recon MSE"),
     Metric("accuracy", "Accuracy", "higher", "share of test images classified rightly", "accuracy"),
+    Metric("share", "Share", "", "share of generated images whose nearest real one is of the group", "share"),
     Metric("nelbo", "Negative ELBO", "lower", "bound on the negative log likelihood of real test images"),
     Metric("kl", "KL", "", "Kullback-Leibler divergence of the posterior from the prior, nats per real test image"),
     Metric("paired_mse", "Paired MSE", "lower", "mean squared difference to the teacher's output for the same noise"),
@@ -88,6 +89,7 @@ _ENERGY = "energy."  # before the name of one among a surrogate's values
 _BY_KEY = {metric.key: metric for metric in METRICS}
 _COST_PREFIXES = ("latency", "throughput", "params", "size", "memory", "flops")
 _TEXT_COLUMNS = ("frechet", "mmd", "one_nn", "reconstruction_mse", "accuracy", "params", "size_mib", "latency_ms_b1")
+_GROUPED_COLUMNS = ("reconstruction_mse", "accuracy", "share")  # in a column for each group of labels, where the recipe names some
 _DROPPED_FIRST = ("size_mib", "mmd", "latency_ms_b1", "one_nn")  # parameters say nearly the same as MiB, Fréchet as MMD
 _WIDTH = 120
 _SMALLEST_LABEL = 28  # shorter ones would cut the end off, where labels of arms tend to differ
@@ -209,7 +211,12 @@ def features_of(metrics: Mapping[str, Any]) -> str:
 
 def metric_of(key: str) -> Metric:
     """The description of a metric; one that the page does not know gets its key as its name and no direction."""
-    return _BY_KEY.get(key) or Metric(key, _words(key), cost=key.startswith(_COST_PREFIXES))
+    if known := _BY_KEY.get(key):
+        return known
+    base, slash, group = key.partition("/")
+    if slash and (known := _BY_KEY.get(base)):  # of the held-out images of one group of labels
+        return replace(known, key=key, label=f"{known.label}, {group}", short=f"{group} {known.short}" if known.short else "")
+    return Metric(key, _words(key), cost=key.startswith(_COST_PREFIXES))
 
 
 def metrics_in(metrics: Mapping[str, Any], cost: bool) -> list[Metric]:
@@ -391,6 +398,8 @@ def text_table(metrics: Mapping[str, Any]) -> str:
     """
     arms, floor = arms_of(metrics), floor_of(metrics)
     keys = [key for key in _TEXT_COLUMNS if key in floor or any(key in arm.values for arm in arms)]
+    grouped = dict.fromkeys(key for arm in arms for key in arm.values if "/" in key and key.partition("/")[0] in _GROUPED_COLUMNS)
+    keys = [key for key in keys if key not in _GROUPED_COLUMNS or not grouped] + [*grouped]
     rows = [(_printable(arm.label), arm.values) for arm in arms]
     if floor:
         rows.append(("Floor (real against real)", floor))
