@@ -119,5 +119,5 @@ def test_a_student_of_a_budget_is_that_of_its_width():
     teacher = LVAE((1, 8, 8), 8, 2, 2).model().frozen()
     wanted = parameters(teacher.net.shrunk(3))
     assert build.width_within(config.Budget(params=wanted + 5), teacher) == 3
-    with pytest.raises(BadInput, match=r"student: width, ratio and budget are for potstill's own families; the teacher is a Linear"):
+    with pytest.raises(BadInput, match=r"student: width, ratio, budget and start are for potstill's own families; the teacher is a Linear"):
         build.width_within(config.Budget(params=1), build.Model(torch.nn.Linear(1, 1), teacher.images))

@@ -364,7 +364,7 @@ def test_a_diffusers_folder_is_a_teacher(folder, tmp_path):
     [
         ("scheduler/scheduler_config.json", {"trained_betas": [0.1] * 60}, "trained_betas"),
         ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True, which is not supported"),
-        ("scheduler/scheduler_config.json", {"clip_sample_range": 2.0}, "clips to 2.0"),
+        ("scheduler/scheduler_config.json", {"clip_sample_range": 2.0}, "clip_sample_range 2.0"),
         ("unet/config.json", {"sample_size": None}, "no sample_size"),
         ("unet/config.json", {"out_channels": 2}, "learned variances are not supported"),
     ],
@@ -623,7 +623,7 @@ def test_a_recipe_of_every_arm(place):
                 "evaluate": None,
                 "report": None,
             },
-            "with_data and scratch need data",
+            "with_data, scratch and continual need data",
         ),
         ({"distill": SECTION["distill"] | {"link": None}, "arms": [{"kind": "data_free", "generate": False}]}, "it has no phase"),
         ({"train": SECTION["train"] | {"model": SECTION["train"]["model"] | {"steps": 2000}}}, "a chain of 2000 steps"),

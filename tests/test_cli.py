@@ -224,7 +224,8 @@ def test_a_wrong_description_of_a_checkpoint(refused, place, changes, expected):
 
 
 def test_a_teacher_that_is_not_there(refused, place):
-    refused("zoo:nope: no such model in the zoo; it has digits-classifier, digits-lvae", teacher={"kind": "pretrained", "path": "zoo:nope"})
+    names = "digits-classifier, digits-lvae, glyphs-sd"
+    refused(f"zoo:nope: no such model in the zoo; it has {names}", teacher={"kind": "pretrained", "path": "zoo:nope"})
     refused("zoo:../zoo/digits-lvae: no such model in the zoo", teacher={"kind": "pretrained", "path": "zoo:../zoo/digits-lvae"})
     refused("./nope: no such folder", teacher={"kind": "pretrained", "path": "./nope"})
     refused("data.npz: a folder with config.json and model.safetensors is expected", teacher={"kind": "pretrained", "path": "data.npz"})
@@ -423,7 +424,7 @@ def test_a_module_that_cannot_be_imported(refused, place):
         ({"teacher": python("nan")}, "teacher: it generates NaN or infinite pixels"),
         (
             {"teacher": python("model")},
-            "student: width, ratio and budget are for potstill's own families; the teacher is a Net.",
+            "student: width, ratio, budget and start are for potstill's own families; the teacher is a Net.",
         ),
         (
             {"student": {"target": "own:model", "arguments": {"shape": [3, 8, 8]}}},

@@ -24,9 +24,10 @@ from .energy.view import Energy
 from .errors import BadInput, Failed
 from .evaluate.cost import parameters, size_mib
 from .families.classifier import Classifier, ResNet
-from .families.diffusion import TextToImage, UNet
+from .families.diffusion import TextToImage, UNet, chain_of
 from .families.gan import GAN, Discriminator
 from .families.helmholtz import HelmholtzMachine
+from .families.latent import LatentDiffusion, Told
 from .families.lvae import LVAE
 from .families.vae import VAE
 from .families.vrnn import VRNN
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(__file__).parent
 ZOO = PACKAGE / "zoo"
-Network = LVAE | VAE | GAN | Classifier | ResNet | UNet | HelmholtzMachine | VRNN
+Network = LVAE | VAE | GAN | Classifier | ResNet | UNet | LatentDiffusion | HelmholtzMachine | VRNN
 _NET: TypeAdapter[config.Net] = TypeAdapter(config.Net)
 _TIMED = 20  # calls of a network whose time is looked for; the median counts
 
@@ -158,7 +159,7 @@ def locate(path: str) -> Path:
     """
     if path.startswith("zoo:"):
         folder = ZOO / path[4:]
-        names = sorted(p.parent.name for p in ZOO.glob("*/model.safetensors"))
+        names = sorted(p.parent.name for what in ("model.safetensors", "model_index.json") for p in ZOO.glob(f"*/{what}"))
         if folder.name not in names or folder.parent != ZOO:
             raise BadInput(f"{path}: no such model in the zoo; it has {', '.join(names) or 'none'}")
         return folder
@@ -226,6 +227,29 @@ def denoiser(path: str, steps: int | None = None, sampler: Literal["ddim", "ddpm
         raise
     except (ValueError, RuntimeError) as error:
         raise BadInput(f"{path}: {reason(error)}") from None
+
+
+def text_to_image_teacher(section: config.Pretrained) -> LatentDiffusion:
+    """A text-to-image pipeline in diffusers' layout, for the prompts of the recipe.
+
+    Raises:
+        BadInput: it cannot be loaded, is of another layout, or the recipe names no prompts.
+    """
+    if not section.prompts:
+        raise BadInput(f"teacher.prompts: {section.path} draws what a text says; list texts for its student to learn")
+    prior = Prior.from_pretrained(locate(section.path) if section.path.startswith("zoo:") else section.path)
+    if prior.vae is None or not prior.texts or type(prior.vae).__name__ != "AutoencoderKL":
+        raise BadInput(
+            f"{section.path}: as a text-to-image teacher, a UNet2DConditionModel with an AutoencoderKL and a text encoder is expected"
+        )
+    told, nothing = (prior.condition(texts, None).arguments for texts in (section.prompts, [section.negative]))
+    try:
+        net = Told(prior.unet, told, nothing if section.guidance_scale != 1 else None, section.guidance_scale)
+        return LatentDiffusion.of(prior.unet, prior.scheduler, prior.vae, prior.image_shape, net, section.chain, section.sampler)
+    except BadInput:
+        raise
+    except (ValueError, RuntimeError) as error:
+        raise BadInput(f"{section.path}: {reason(error)}") from None
 
 
 def allow(modules: Sequence[str]) -> None:
@@ -331,8 +355,13 @@ def loaded(section: config.Teacher, trained: Path, allowed: Sequence[str]) -> Mo
 
 def _pretrained_teacher(section: config.Pretrained) -> Network:
     folder = locate(section.path)
-    if (folder / "model_index.json").exists():
+    index = folder / "model_index.json"
+    if index.exists():
+        if "UNet2DConditionModel" in index.read_text(encoding="utf-8", errors="replace"):
+            return text_to_image_teacher(section)
+        _untold(section)
         return denoiser(section.path, section.chain, section.sampler)
+    _untold(section)
     net = pretrained(str(folder))  # found once: a Hub id is asked for over the network
     if section.sampler is not None:
         raise BadInput(f"teacher.sampler: is of a diffusers folder; {section.path} has its own")
@@ -348,6 +377,11 @@ def _pretrained_teacher(section: config.Pretrained) -> Network:
     return longer.eval()
 
 
+def _untold(section: config.Pretrained) -> None:
+    if section.prompts or section.negative or section.guidance_scale != 1:
+        raise BadInput(f"teacher: prompts, negative and guidance_scale are of text-to-image teachers; {section.path} reads no text")
+
+
 def _check_output(teacher: Model, program: str) -> None:
     """See that a teacher's program runs, and that two images, or the logits of two, come out finite."""
     shape = tuple(teacher.images.shape)
@@ -359,7 +393,9 @@ def _check_output(teacher: Model, program: str) -> None:
             x = out.logits if labels else out.mean
     except Exception as error:
         raise BadInput(f"teacher: its {program} program fails: {reason(error)}") from None
-    if tuple(x.shape) != (2, *shape) and not (labels and program == "infer" and x.shape[:-1] == (2,)):
+    chain = chain_of(teacher)
+    expected = tuple(chain.image) if chain and program == "link" else shape  # a link of latents gives latents
+    if tuple(x.shape) != (2, *expected) and not (labels and program == "infer" and x.shape[:-1] == (2,)):
         raise BadInput(f"teacher: for 2 images of {shape} it {program}s {tuple(x.shape)}")
     if not x.isfinite().all():
         raise BadInput(f"teacher: it {program}s NaN or infinite {'logits' if labels else 'pixels'}; look at its weights")
@@ -427,7 +463,7 @@ def _shrinkable(of: Model) -> Network:
 
 
 def _shrunk(net: Network, width: int, encoder: bool, chain: int | None = None) -> Network:
-    if isinstance(net, UNet):
+    if isinstance(net, (UNet, LatentDiffusion)):
         return net.shrunk(width, chain)
     return net.shrunk(width, encoder or None) if isinstance(net, GAN) else net.shrunk(width)
 
@@ -464,7 +500,7 @@ def student(section: config.Student, of: Model, seed: int, allowed: Sequence[str
             model = born(seed, "student", lambda: _shrunk(net, width, section.encoder, chain)).model()
         except ValueError as error:
             raise BadInput(f"student: {error}") from None
-    if chain is not None and not isinstance(model.net, UNet):
+    if chain is not None and not isinstance(model.net, (UNet, LatentDiffusion)):
         raise BadInput(f"student: an arm's chain is of a diffusion or flow model of potstill's own; it is a {type(model.net).__name__}")
     if tuple(model.images.shape) != tuple(of.images.shape):
         raise BadInput(f"student: makes images of {tuple(model.images.shape)}, the teacher of {tuple(of.images.shape)}")

@@ -297,12 +297,19 @@ NO_PICTURES = (HelmholtzNet, VRNNNet)  # their data are points and strokes
 
 
 class Pretrained(Section):
-    """A folder written by ``save_pretrained``, ``zoo:NAME``, or a Hub id; or a folder of a diffusers pipeline that denoises pixels."""
+    """A folder written by ``save_pretrained``, ``zoo:NAME``, or a Hub id; or a diffusers pipeline, of pixels, or of latents and texts."""
 
     kind: Literal["pretrained"]
     path: Text
     chain: Count | None = Field(default=None, description="links of a diffusion or flow teacher's chain; by default its own")
     sampler: Literal["ddim", "ddpm"] | None = Field(default=None, description="of a diffusers folder; by default as its scheduler")
+    prompts: Annotated[tuple[Text, ...], Field(min_length=1)] | None = Field(
+        default=None, description="texts that a text-to-image teacher draws, and its student learns to draw; each as often"
+    )
+    negative: Annotated[str, AfterValidator(_plain)] = ""
+    guidance_scale: Annotated[float, Field(ge=0, le=100), _NUMERIC] = Field(
+        default=1.0, description="of a text-to-image teacher's classifier-free guidance, whose outcome the student learns; 1 is none"
+    )
 
 
 class Trained(Section):

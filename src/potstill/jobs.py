@@ -32,6 +32,7 @@ from .families.chain import DenoisingLoss
 from .families.classifier import classes_of
 from .families.diffusion import Autoencoding, Denoising, TextToImage, chain_of
 from .families.gan import GAN
+from .families.latent import LatentDiffusion
 from .model import Model, evaluating, kept_for_gradient
 from .noise import Noise
 from .ranks import ALONE, Ranks
@@ -416,6 +417,8 @@ def rehearse(shop: Workshop, teacher: Model) -> None:
         if adversary is not None:
             return AdversarialTraining(student, adversary)(noise, gray, labels)
         if chain := chain_of(student):
+            if chain.conditions:
+                raise BadInput("arms: scratch is not for text-to-image students, which would need a text for each real image")
             return DenoisingLoss(student.net, chain)(noise, gray)
         return likelihood(student)(noise, gray) if classes is None else Classification(student)(noise, gray, labels)
 
@@ -781,9 +784,13 @@ def save_network(model: Model, folder: Path, card: str) -> None:
                 raise os_error(error, folder / "model.safetensors") from None
         else:
             save_tensors(model.net.state_dict(), target / "model.safetensors")
-        for name in ("README.md", "config.json", "model.safetensors"):
-            if (target / name).exists():
-                publish(target / name, folder / name)
+        if isinstance(model.net, LatentDiffusion):  # for whoever puts it into the teacher's pipeline
+            model.net.unet.save_pretrained(target / "unet", safe_serialization=True)
+        files = sorted((p for p in target.rglob("*") if p.is_file()), key=lambda p: p.name == "model.safetensors")
+        for file in files:
+            place = folder / file.relative_to(target)
+            place.parent.mkdir(exist_ok=True)
+            publish(file, place)
 
 
 def _front(*tags: str) -> str:

@@ -34,6 +34,7 @@ class OnlineLinks(nn.Module):
 
     x: Tensor
     done: Tensor
+    told: Tensor
 
     def __init__(self, teacher: Model, student: Model, chain: Chain, rules: Sequence[Match], size: int, noise: Noise, batch: int = 256):
         super().__init__()
@@ -43,6 +44,8 @@ class OnlineLinks(nn.Module):
         self.register_buffer("x", torch.zeros((size, *chain.image), device=teacher.device))
         # Links behind each image; below 0 before the pool is filled.
         self.register_buffer("done", torch.full((size,), -1, dtype=torch.int64, device=teacher.device))
+        # The condition of each, which stays the same on the whole way.
+        self.register_buffer("told", torch.zeros(size if chain.conditions else 0, dtype=torch.int64, device=teacher.device))
 
     def forward(self, noise: Noise, index: Tensor) -> dict[str, Tensor]:
         """Weighted losses by node, each ``(batch,)``; the teacher's images of the batch are one link further on.
@@ -55,22 +58,31 @@ class OnlineLinks(nn.Module):
             self._fill()
         index = index.to(self.x.device)
         x, done = self.x[index], self.done[index]
-        target = self._linked(x, done, noise)
+        told = self.told[index] if len(self.told) else self.told
+        target = self._linked(x, done, told, noise)
         student = self._student
         # What a link begins with is given, so the images that it would be noised from are not read.
-        found = run(student.program("link"), x, noise=noise, given={name: target[name].value for name in ("t", "xt")})
+        begins = {name: target[name].value for name in ("t", "xt", "told") if name in target}
+        found = run(student.program("link"), x, noise=noise, given=begins)
         losses = compare(target, found, self.rules)
         finished = done + 1 == self._chain[0].steps
         fresh = noise.normal("xT", x.shape, x.device)
         advanced = torch.where(finished.view(-1, 1, 1, 1), fresh, target.output), torch.where(finished, 0, done + 1)
         where, x, done = map(of_all, (index, *advanced))  # every process keeps the whole pool
         self.x[where], self.done[where] = x, done
+        if len(self.told):
+            self.told[where] = of_all(torch.where(finished, self._tell(noise, len(index)), told))
         return losses
 
+    def _tell(self, noise: Noise, n: int) -> Tensor:
+        chance = noise.uniform("told", (n, 1), self.x.device)[:, 0]
+        return (chance * self._chain[0].conditions).long()
+
     @torch.no_grad()
-    def _linked(self, x: Tensor, done: Tensor, noise: Noise) -> Trace:
+    def _linked(self, x: Tensor, done: Tensor, told: Tensor, noise: Noise) -> Trace:
         (teacher,), (chain,) = self._teacher, self._chain
-        trace = run(teacher.program("link"), x, noise=noise, given={"t": chain.links[done], "xt": x})
+        given = {"t": chain.links[done], "xt": x} | ({"told": told.float()} if len(told) else {})
+        trace = run(teacher.program("link"), x, noise=noise, given=given)
         _ = trace.output  # drawn here, where no gradient is kept
         return trace
 
@@ -79,10 +91,13 @@ class OnlineLinks(nn.Module):
         """Evenly many images at every time of the chain, each brought there from noise."""
         size, steps = len(self.x), self._chain[0].steps
         self.x.copy_(self._noise.normal("xT", self.x.shape, self.x.device))
+        if len(self.told):
+            self.told.copy_(self._tell(self._noise, size))
         everyone = torch.arange(size, device=self.x.device)
         goal = everyone * steps // size
         for k in range(int(goal[-1])):
             for rows in everyone[goal > k].split(self._batch):
-                trace = self._linked(self.x[rows], torch.full_like(rows, k), self._noise.fold("link", k).at(rows.tolist()))
+                told = self.told[rows] if len(self.told) else self.told
+                trace = self._linked(self.x[rows], torch.full_like(rows, k), told, self._noise.fold("link", k).at(rows.tolist()))
                 self.x[rows] = trace.output
         self.done.copy_(goal)

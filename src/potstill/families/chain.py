@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from ..errors import BadInput
 from ..model import Images, Model
 from ..noise import NoiseSource
 from ..trace import Point, Sampler, gaussian
@@ -16,8 +17,27 @@ Prediction = Literal["epsilon", "v", "sample", "flow"]
 FLOW_TIMES = 1000  # what a flow network is told at pure noise; 0 at the image, as diffusers scales it
 
 
+def prediction_of(scheduler: Any) -> Prediction:
+    """What the network of one of diffusers' schedulers predicts.
+
+    Raises:
+        BadInput: a schedule that is not supported.
+    """
+    noises = scheduler.config
+    for name, usual in (("thresholding", False), ("rescale_betas_zero_snr", False), ("shift", 1.0)):
+        if noises.get(name, usual) not in (usual, None):
+            raise BadInput(f"teacher: its scheduler has {name} {noises[name]}, which is not supported")
+    known: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample", "flow_prediction": "flow"}
+    flows = type(scheduler).__name__.startswith("FlowMatch")
+    predicts = "flow_prediction" if flows else noises.get("prediction_type", "epsilon")
+    if predicts not in known:
+        raise BadInput(f"teacher: its scheduler has prediction_type {predicts}, which is not supported")
+    return known[predicts]
+
+
 class Chain(nn.Module):
-    """Ancestral sampling with a denoiser. Nodes: ``xT``, the noise; ``x{t}``, the image at time ``t``; ``out``.
+    """Ancestral sampling with a denoiser. Nodes: ``told``, the number of its condition, where there are some; ``xT``, the noise;
+    ``x{t}``, the image at time ``t``; ``out``.
 
     A noisy image is ``alpha x + sigma eps``. The network predicts from it and its time
     the noise (Ho et al., "Denoising diffusion probabilistic models", NeurIPS 2020), the velocity ``alpha eps - sigma x`` (Salimans
@@ -27,7 +47,7 @@ class Chain(nn.Module):
 
     Args:
         net: ``net(x, t)`` is the prediction, a tensor or diffusers' output class; ``x`` is ``(batch, C, H, W)`` in about [-1, 1],
-            ``t`` ``(batch,)``.
+            ``t`` ``(batch,)``. With conditions, ``net(x, t, told)``.
         image: ``(C, H, W)``.
         prediction: what it predicts.
         alphas: ``alpha^2`` at times 0, 1, ..., ``(times,)``, falling; ``None`` for a flow.
@@ -35,6 +55,7 @@ class Chain(nn.Module):
             or "ddpm", every link a Gaussian.
         steps: links of the chain.
         clip: predicted images to [-1, 1] at every link; has no part in a flow.
+        conditions: that the network knows, of which each image is told one, drawn evenly; 0 for none.
 
     Raises:
         ValueError: more steps than times, a flow with ddpm, or a diffusion without alphas.
@@ -51,8 +72,10 @@ class Chain(nn.Module):
         sampler: Literal["ddim", "ddpm"] = "ddim",
         steps: int = 50,
         clip: bool = True,
+        conditions: int = 0,
     ):
         super().__init__()
+        self.conditions = conditions
         if (alphas is None) != (prediction == "flow"):
             raise ValueError(f"a chain with prediction {prediction!r} {'takes no' if prediction == 'flow' else 'needs'} alphas")
         if prediction == "flow" and sampler == "ddpm":
@@ -84,10 +107,10 @@ class Chain(nn.Module):
             ends = (times - torch.arange(self.steps + 1, dtype=torch.float64) * times / self.steps).round() - 1
         return torch.stack([ends[:-1], ends[1:]], 1).float().to(self.alphas.device)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """The prediction, float32, from noisy images ``(batch, C, H, W)`` at times ``(batch,)``."""
+    def forward(self, x: Tensor, t: Tensor, told: Tensor | None = None) -> Tensor:
+        """The prediction, float32, from noisy images ``(batch, C, H, W)`` at times ``(batch,)``, told the conditions of those numbers."""
         own = next(self.net.parameters(), x).dtype
-        found = self.net(x.to(own), t if self.prediction == "flow" else t.long())
+        found = self.net(x.to(own), t if self.prediction == "flow" else t.long(), *(() if told is None else (told.long(),)))
         tensor: Tensor = found if isinstance(found, Tensor) else found.sample
         return tensor.float()
 
@@ -124,21 +147,29 @@ class Chain(nn.Module):
         variance = torch.where(sigma_s > 0, beta * sigma_s**2 / sigma**2, beta)
         return gaussian(mean, variance.sqrt().expand_as(mean))
 
-    def step(self, x: Tensor, t: float, s: float) -> Distribution:
+    def step(self, x: Tensor, t: float, s: float, told: Tensor | None = None) -> Distribution:
         """One link from time ``t`` to ``s``, of images ``(batch, C, H, W)``."""
         before, after = (x.new_full((len(x),), time) for time in (t, s))
-        return self.towards(self(x, before), x, before, after)
+        return self.towards(self(x, before, told), x, before, after)
+
+    def tell(self, sample: Sampler) -> Tensor | None:
+        """The condition of each image, ``(batch,)``; ``None`` where there are none."""
+        if not self.conditions:
+            return None
+        chance = sample.noise.uniform("told", (sample.n, 1), sample.device)[:, 0]
+        return sample("told", Point((chance * self.conditions).floor()))
 
     def generate(self, sample: Sampler) -> Distribution:
         """Noise to image through the whole chain."""
+        told = self.tell(sample)
         x = sample.normal("xT", self.image)
-        *links, last = self.links.tolist()
+        *links, (before, after) = self.links.tolist()
         for t, s in links:
-            x = sample(f"x{round(s)}", self.step, x, t, s)
-        return self.step(x, *last)
+            x = sample(f"x{round(s)}", self.step, x, t, s, told)
+        return self.step(x, before, after, told)
 
     def link(self, sample: Sampler, x: Tensor) -> Distribution:
-        """One link of the chain, drawn evenly for each image: nodes ``t``, ``xt``, ``prediction`` and ``out``.
+        """One link of the chain, drawn evenly for each image: nodes ``t``, ``xt``, ``prediction`` and ``out``, and ``told``.
 
         ``t`` holds the times before and after, ``(batch, 2)``; ``xt`` the image with that much noise; ``prediction`` what the network
         says of it, whose squared error is the simple loss of Ho et al.; ``out`` the link's conditional, whose KL is the exact one:
@@ -151,8 +182,9 @@ class Chain(nn.Module):
         u = sample.noise.uniform("link", (sample.n, 1), x.device)[:, 0]
         t, s = sample("t", Point(self.links[(u * self.steps).long()])).unbind(1)
         alpha, sigma = self.levels(t)
+        told = self.tell(sample)
         noisy = sample("xt", gaussian(alpha * x, sigma.expand_as(x)))
-        prediction = self(noisy, t)
+        prediction = self(noisy, t, told)
         sample("prediction", Point(prediction))  # a value given there says what another network predicted; the link is this one's
         return self.towards(prediction, noisy, t, s)
 

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from ..errors import BadInput
 from ..model import Model
 from ..noise import Noise
-from .chain import Chain, Prediction
+from .chain import Chain, Prediction, prediction_of
+from .latent import LatentDiffusion
 
 _TOKENS = 16  # of a caption; Stable Diffusion has 77
 _PIXEL_STD = 0.1  # of the autoencoder's Gaussian output, in units of an image in [0, 1]
@@ -123,26 +124,22 @@ class UNet(
         settings, noises = json.loads(json.dumps(dict(unet.config), default=str)), scheduler.config
         if settings.get("num_class_embeds") or settings.get("class_embed_type"):
             raise BadInput("teacher: its unet is conditioned on classes, which is not supported")
-        for name, usual in (("trained_betas", None), ("thresholding", False), ("rescale_betas_zero_snr", False), ("shift", 1.0)):
-            if noises.get(name, usual) not in (usual, None):
-                raise BadInput(f"teacher: its scheduler has {name} {noises[name]}, which is not supported")
-        kind = type(scheduler).__name__
-        predicts = "flow_prediction" if kind.startswith("FlowMatch") else noises.get("prediction_type", "epsilon")
-        known: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample", "flow_prediction": "flow"}
-        if predicts not in known or noises.get("clip_sample_range", 1.0) != 1.0:
-            raise BadInput(f"teacher: its scheduler has prediction_type {predicts} and clips to {noises.get('clip_sample_range')}")
+        prediction = prediction_of(scheduler)
+        if noises.get("trained_betas") is not None or noises.get("clip_sample_range", 1.0) != 1.0:
+            found = "trained_betas" if noises.get("trained_betas") is not None else f"clip_sample_range {noises['clip_sample_range']}"
+            raise BadInput(f"teacher: its scheduler has {found}, which is not supported")
         size, widths = settings.pop("sample_size"), settings.pop("block_out_channels")
         if size is None:
             raise BadInput("teacher: its unet's config.json has no sample_size, so the size of its images is not known")
         height, pixels_wide = (size, size) if isinstance(size, int) else size
         layers, channels = settings.pop("layers_per_block"), settings.pop("in_channels")
-        stochastic = kind == "DDPMScheduler" and predicts != "flow_prediction"
+        stochastic = type(scheduler).__name__ == "DDPMScheduler" and prediction != "flow"
         net = cls(
             (channels, height, pixels_wide),
             widths[0],
             [w / widths[0] for w in widths],
             layers,
-            known[predicts],
+            prediction,
             sampler or ("ddpm" if stochastic else "ddim"),
             steps or (noises["num_train_timesteps"] if stochastic and sampler in (None, "ddpm") else 50),
             bool(noises.get("clip_sample", False)),
@@ -179,7 +176,7 @@ class UNet(
 
 def chain_of(model: Model) -> Chain | None:
     """The chain that a model samples from, or ``None`` where it is no diffusion or flow model."""
-    if isinstance(model.net, UNet):
+    if isinstance(model.net, (UNet, LatentDiffusion)):
         return model.net.chain
     return model.net if isinstance(model.net, Chain) else None
 
