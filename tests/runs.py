@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from potstill.cli import main
+from potstill.distill import loop
 from potstill.families.lvae import LVAE
 
 STEPS = {"steps": 3, "batch": 8}
@@ -67,6 +68,19 @@ class Place:
     def run(self, command, *arguments, **sections) -> int:
         """Exit code of a command in this process."""
         return main([command, str(self.write(**sections)), "--out", str(self.out), "--quiet", *arguments])
+
+
+def cut_at(monkeypatch, *updates):
+    """Stop every training at those updates, counted over all of them."""
+    whole, count = loop.total, [0]
+
+    def cut(losses):
+        count[0] += 1
+        if count[0] in updates:
+            raise KeyboardInterrupt
+        return whole(losses)
+
+    monkeypatch.setattr(loop, "total", cut)
 
 
 def snapshot(folder):

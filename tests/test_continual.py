@@ -21,7 +21,7 @@ from potstill.families.lvae import LVAE
 from potstill.noise import Noise
 from potstill.report.tables import metric_of, text_table
 from potstill.trace import run
-from runs import STEPS, Place, results, teacher
+from runs import STEPS, Place, cut_at, results, teacher
 
 ROOT = Path(__file__).parents[1]
 N = 6
@@ -181,20 +181,10 @@ def test_a_student_begins_as_its_teacher(place):
 
 
 def test_a_run_that_is_cut_short_goes_on_to_the_same_bits(place, monkeypatch):
-    from potstill.distill import loop
-
     assert place.run("run", **SECTIONS) == 0
     expected = results(place.out)
     shutil.rmtree(place.out)
-    whole, count = loop.total, [0]
-
-    def cut(losses):
-        count[0] += 1
-        if count[0] in (2, 4):
-            raise KeyboardInterrupt
-        return whole(losses)
-
-    monkeypatch.setattr(loop, "total", cut)
+    cut_at(monkeypatch, 2, 4)
     codes = [place.run("run", **SECTIONS) for _ in range(3)]
     assert codes == [130, 130, 0]
     assert results(place.out) == expected

@@ -20,7 +20,7 @@ from potstill.errors import BadInput
 from potstill.families.diffusion import chain_of
 from potstill.noise import FixedNoise, Noise
 from potstill.trace import run
-from runs import Place, results
+from runs import Place, cut_at, results
 
 N, STEPS = 4, 5
 TEXTS = ["a digit", "the letter b", "nothing at all"]
@@ -202,20 +202,10 @@ def test_a_run_and_the_students_denoiser_in_diffusers(place):
 def test_a_run_that_is_cut_short_goes_on_to_the_same_bits(place, monkeypatch):
     import shutil
 
-    from potstill.distill import loop
-
     assert place.run("distill") == 0
     expected = results(place.out)
     shutil.rmtree(place.out)
-    whole, count = loop.total, [0]
-
-    def cut(losses):
-        count[0] += 1
-        if count[0] in (3, 7):
-            raise KeyboardInterrupt
-        return whole(losses)
-
-    monkeypatch.setattr(loop, "total", cut)
+    cut_at(monkeypatch, 3, 7)
     assert [place.run("distill") for _ in range(3)] == [130, 130, 0]
     assert results(place.out) == expected
 
