@@ -30,6 +30,7 @@ FAMILIES = {
     "helmholtz": "old-faithful-hm",
     "classifier": "digits-guided",
     "vae, continual": "digits-continual",
+    "text-to-image": "glyphs-sd-student",
 }
 FIGURES = (
     "accuracy",
@@ -56,7 +57,7 @@ def rows(family: str, name: str, metrics: dict[str, Any], seconds: float | None)
     found = []
     for arm, measured in metrics["arms"].items():
         figures = {key: measured[key] for key in FIGURES if key in measured}
-        groups = {"groups": measured["groups"]} if "groups" in measured else {}
+        groups = {key: value for key, value in measured.items() if "/" in key}
         found.append({"family": family, "recipe": name, "arm": arm, "params": measured["params"]} | figures | groups)
         if seconds is not None:
             found[-1]["run_seconds"] = round(seconds, 1)

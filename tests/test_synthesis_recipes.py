@@ -187,6 +187,25 @@ def test_what_cannot_be_made_is_one_line(here, capsys, section, what):
     assert what in told(here, capsys, surrogate=section)
 
 
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [("{a: [b]}", "the recipe names no classes"), ("7", "a list of texts is expected"), ("[a, 3]", "a list of texts"), ("[]", "a list of")],
+)
+def test_a_file_of_texts_alone_is_a_list(here, capsys, text, what):
+    section = GUIDED | {"mode": "off", "classes": None, "prompts": None, "prompts_file": "texts.yaml"}
+    (here.folder / "texts.yaml").write_text(text)
+    assert what in told(here, capsys, surrogate=section)
+
+
+def test_texts_of_a_file_without_classes_are_drawn_by_chance(here):
+    section = GUIDED | {"mode": "off", "classes": None, "prompts": None, "prompts_file": "texts.yaml"}
+    (here.folder / "texts.yaml").write_text("[one, two, three]")
+    assert here.run("synthesize", surrogate=section) == 0
+    found = surrogate.columns(here.out / "surrogate")["prompt"]
+    assert set(found) <= {"one", "two", "three"}
+    assert len(set(found)) > 1
+
+
 def test_a_prior_of_other_proportions_is_refused(here, capsys):
     from potstill.families.lvae import LVAE
 

@@ -675,7 +675,13 @@ def prompts(section: config.Guided) -> Prompts | None:
         return None
     path = Path(section.prompts_file).expanduser()
     content = config.read_tree(path)
+    if section.classes is None:
+        if isinstance(content, dict):
+            raise BadInput(f"{path}: texts by name, and the recipe names no classes; name them, or list texts alone")
+        content = {"": content}
     missing = [name for name in names if not isinstance(content, dict) or not content.get(name)]
+    if missing == [""]:
+        raise BadInput(f"{path}: a list of texts is expected")
     if missing:
         raise BadInput(
             f"{path}: no prompts for {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; a list for each class is expected"
@@ -683,7 +689,7 @@ def prompts(section: config.Guided) -> Prompts | None:
     wordings = [[content[name]] if isinstance(content[name], str) else content[name] for name in names]
     for name, texts in zip(names, wordings, strict=True):
         if not isinstance(texts, list) or not all(isinstance(t, str) and t.isprintable() and t for t in texts):
-            raise BadInput(f"{path}: {name}: a list of texts is expected")
+            raise BadInput(f"{path}: {f'{name}: ' if name else ''}a list of texts is expected")
     return Prompts(tuple(tuple(texts) for texts in wordings), section.negative)
 
 

@@ -598,7 +598,9 @@ class Guided(Synthesis):
     prompts: Annotated[tuple[Text, ...], Field(min_length=1)] | None = Field(
         default=None, description="wordings, with {} where the name of the class goes"
     )
-    prompts_file: Text | None = Field(default=None, description="YAML or JSON: a list of texts for each name in classes")
+    prompts_file: Text | None = Field(
+        default=None, description="YAML or JSON: a list of texts for each name in classes, or without those one list"
+    )
     negative: Annotated[str, AfterValidator(_plain)] = ""
     guidance_scale: Annotated[float, Field(ge=0, le=100), _NUMERIC] = Field(
         default=1.0, description="of classifier-free guidance; 1 is none"
@@ -610,8 +612,6 @@ class Guided(Synthesis):
     def _whole(self) -> Guided:
         if self.prompts and self.prompts_file:
             raise ValueError("give prompts or prompts_file, not both")
-        if self.prompts_file and not self.classes:
-            raise ValueError("prompts_file needs classes, whose names it lists")
         if self.prompts and not self.classes and any("{}" in p for p in self.prompts):
             raise ValueError("prompts with {} need classes, whose names go there")
         if (self.decode == "tiny") != (self.tiny is not None):

@@ -1,0 +1,144 @@
+"""The published experiment: a ladder VAE on CIFAR-10, students with data and without, compared by ratio to their teacher.
+
+The features are a classifier's of our own, so no figure here is an FID; its accuracy is among the figures. The diffusion prior has seen
+159 classes of Tiny ImageNet, none of them CIFAR-10's. Every student of a row has as many updates, but for the row "longer".
+
+    python benchmarks/cifar10_lvae.py [--size small|large] [--seeds 3] [--data ../shared/data] [--runs runs/benchmark-cifar10-lvae]
+        [--prior FOLDER] [--features FOLDER]
+
+Large is the published size, for a GPU: a teacher of width 128, 50 passes. Small has a narrower teacher, fewer images and updates, for two
+cores. Without those two folders, the prior and the classifier are trained first, by their recipes: 30 minutes of one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from common import write
+from potstill import config, pipeline
+from potstill.report.tables import text_table
+from potstill.state import read_json
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+WIDTHS = {"large": (32, 16, 8), "small": (8, 4)}
+SMALL: dict[str, Any] = {
+    "train.model.width": 32,
+    "train.steps": 2500,
+    "train.batch": 64,
+    "train.lr": 3e-3,
+    "train.warmup": 100,
+    "train.beta_warmup": 500,
+    "train.ema": 0.995,
+    "surrogates.own.n": 2048,
+    **{f"surrogates.{name}.{key}": value for name in ("unguided", "guided", "guided-full") for key, value in (("n", 500), ("steps", 10))},
+    **{f"distill.{phase}.batch": 64 for phase in ("generate", "infer", "scratch")},
+    **{f"distill.{phase}.ema": 0.98 for phase in ("generate", "infer", "scratch")},
+    "distill.generate.lr": 1e-2,
+    "distill.infer.lr": 5e-3,
+    "distill.scratch.lr": 5e-3,
+    "distill.generate.steps": 500,
+    "distill.infer.steps": 300,
+    "distill.scratch.steps": 800,
+    "arms.3.steps": 1500,
+    "evaluate.latency_repeats": 20,
+    "compute.threads": 1,
+}
+FIGURES = ("frechet_sqrt", "emd", "mmd", "one_nn", "reconstruction_mse", "latency_ms_b1", "latency_ms_b64")
+
+
+def tree_of(name: str, **sections: Any) -> dict[str, Any]:
+    """A recipe of this repository as plain data, with other sections; those that are ``None`` are left out."""
+    tree = config.read_tree(RECIPES / f"{name}.yaml") | sections
+    return {key: value for key, value in tree.items() if value is not None}
+
+
+def of_size(tree: dict[str, Any], size: str) -> dict[str, Any]:
+    """The published experiment, or the small one."""
+    tree = copy.deepcopy(tree)
+    for path, value in SMALL.items() if size == "small" else ():
+        *keys, last = path.split(".")
+        at: Any = tree
+        for key in keys:
+            at = at[int(key)] if isinstance(at, list) else at.setdefault(key, {})
+        at[last] = value
+    return tree
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=["small", "large"], default="small")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--widths", type=int, nargs="*", help="of the students; by default 32, 16 and 8, and for the small size 8 and 4")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmark-cifar10-lvae"))
+    parser.add_argument("--prior", help="by default the one that recipes/tinyimagenet-sd.yaml trains")
+    parser.add_argument("--features", help="folder of a classifier; by default the one that recipes/cifar10-classifier.yaml trains")
+    arguments = parser.parse_args()
+    runs, start = arguments.runs / arguments.size, time.perf_counter()
+    pictures = {f"{key}path": str(arguments.data / "cifar10" / f"{split}.parquet") for key, split in (("", "train"), ("test_", "test"))}
+    data = {"kind": "parquet"} | pictures
+    if arguments.prior is None:
+        own = {"kind": "parquet", "path": str(arguments.data / "tinyimagenet32" / "train.parquet"), "test_fraction": 0.02}
+        pipeline.execute(config.check(tree_of("tinyimagenet-sd", data=own)), arguments.runs / "prior")
+    if arguments.features is None:
+        pipeline.execute(config.check(tree_of("cifar10-classifier", data=data)), arguments.runs / "features")
+    prior = arguments.prior or str(arguments.runs / "prior" / "teacher")
+    features = Path(arguments.features or arguments.runs / "features" / "teacher")
+
+    whole = of_size(tree_of("cifar10-lvae", data=data, seeds=list(range(arguments.seeds))), arguments.size)
+    for section in whole["surrogates"].values():
+        if section["kind"] == "guided":
+            section |= {"prior": prior, "prompts_file": str(RECIPES / "texts" / "tinyimagenet.yaml")}
+    whole["evaluate"]["features"] = f"classifier:{features}"
+    training = {key: whole[key] for key in ("data", "train", "compute") if key in whole}
+    pipeline.execute(config.check({"name": "cifar10-lvae-teacher"} | training), runs / "teacher")
+    rows: list[dict[str, Any]] = []
+    figures: dict[str, float] = {}
+    if (accuracy := features.parent / "train" / "held_out.json").exists():
+        figures["feature_classifier_accuracy"] = read_json(accuracy)["accuracy"]
+    first: Path | None = None
+    del whole["train"]
+    for width in arguments.widths or WIDTHS[arguments.size]:
+        folder = runs / f"width-{width}"
+        if first is not None and not folder.exists():  # the surrogates are of the teacher, and the same for every student
+            for made in ("surrogates", "synthesize"):
+                shutil.copytree(first / made, folder / made)
+            (folder / "state").mkdir()
+            (folder / "state" / "run.lock").touch()
+        teacher = {"kind": "pretrained", "path": str(runs / "teacher" / "teacher")}
+        pipeline.execute(config.check(whole | {"teacher": teacher, "student": {"width": width}}), folder)
+        first = first or folder
+        metrics: dict[str, Any] = read_json(folder / "metrics.json")
+        print(f"width {width}\n{text_table(metrics)}", file=sys.stderr)
+        arms = metrics["arms"]
+        for arm, found in arms.items():
+            measured = {key: found[key] for key in FIGURES}
+            rows.append({"width": width, "arm": arm, "params": found["params"], "updates": metrics["arms_info"][arm]["updates"]} | measured)
+        mean = {arm: {key: found[key]["mean"] for key in FIGURES} for arm, found in arms.items()}
+        ours, root = mean["student_data_free"], mean["teacher"]["frechet_sqrt"]
+        figures |= {
+            f"loss_vs_teacher_w{width}": ours["frechet_sqrt"] / root - 1,
+            f"loss_vs_teacher_w{width}_longer": mean["longer"]["frechet_sqrt"] / root - 1,
+            f"loss_vs_teacher_w{width}_with_data": mean["student_with_data"]["frechet_sqrt"] / root - 1,
+            f"loss_vs_teacher_w{width}_scratch": mean["student_scratch"]["frechet_sqrt"] / root - 1,
+            f"reconstruction_over_teacher_w{width}": ours["reconstruction_mse"] / mean["teacher"]["reconstruction_mse"],
+            f"faster_at_batch_1_w{width}": mean["teacher"]["latency_ms_b1"] / ours["latency_ms_b1"],
+            f"faster_at_batch_64_w{width}": mean["teacher"]["latency_ms_b64"] / ours["latency_ms_b64"],
+        }
+        over = ours["frechet_sqrt"] / mean["student_with_data"]["frechet_sqrt"]
+        figures.setdefault("data_free_over_with_data", over)  # of the first width
+        figures[f"data_free_over_with_data_w{width}"] = over
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    figures |= {"seconds": round(time.perf_counter() - start, 1), "peak_memory_gib": round(peak / 2**20, 3)}
+    print(f"wrote {write(f'cifar10_lvae_{arguments.size}', figures, rows)}")
+
+
+if __name__ == "__main__":
+    main()
