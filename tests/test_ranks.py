@@ -16,16 +16,21 @@ import psutil
 import pytest
 import torch
 from torch import distributed, nn
+from torch.distributions import Categorical
 
-from potstill import cli, worker
+from potstill import build, cli, worker
 from potstill.distill.loop import Agreed
 from potstill.distill.rows import synchronized
 from potstill.errors import BadInput, Failed
+from potstill.families.classifier import Classifier
+from potstill.families.diffusion import UNet
+from potstill.families.gan import GAN
 from potstill.families.lvae import LVAE
 from potstill.noise import Noise
 from potstill.ranks import ALONE, Ranks, launched
 from potstill.synthesize import surrogate
 from potstill.synthesize.synthesis import Made
+from potstill.trace import run
 from runs import environment
 
 PATIENCE = 240
@@ -443,3 +448,77 @@ def test_when_one_fails_all_end_soon(tmp_path, monkeypatch, how, who):
     assert output.count("by 0") == 1
     assert "by 1" not in output
     assert set(codes(output)) - {-signal.SIGTERM} == ({5} if how == "sleep" else {1})
+
+
+def gan():
+    return GAN((1, 8, 8), 4, 3, 0, "mlp")
+
+
+def unet():
+    return UNet((1, 8, 8), 4, (1, 2), steps=3, arguments={"norm_num_groups": 2})
+
+
+def classifier():
+    return Classifier((1, 8, 8), 4, 4)
+
+
+THREE = {"steps": 3, "batch": 5}
+JUDGE = {"width": 4, "arch": "mlp", "r1": 0.1}
+# A teacher, and what of the recipe differs: each trains something beside the student, or makes images while it trains.
+BESIDE = {
+    "adversary": (
+        gan,
+        {
+            "student": {"width": 2},
+            "distill": {"generate": THREE | {"rules": [{"nodes": "out", "by": "mse"}], "adversarial": JUDGE}, "infer": None},
+        },
+    ),
+    "pool": (unet, {"student": {"width": 2}, "distill": {"link": THREE | {"pool": 10}, "generate": None, "infer": None}}),
+    "rounds": (
+        classifier,
+        {
+            "student": {"width": 2},
+            "surrogate": {
+                "kind": "inversion",
+                "n": 12,
+                "batch": 3,
+                "shard": 4,
+                "steps": 2,
+                "classes": ["a", "b", "c", "d"],
+                "energy": [{"kind": "cross_entropy"}, {"kind": "disagreement"}],
+            },
+            "distill": {"generate": None, "infer": THREE | {"steps": 4}, "rounds": 2},
+        },
+    ),
+    "continual": (None, {"student": {"start": "teacher"}, "distill": {"continual": THREE}, "arms": ["continual"]}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BESIDE)
+def test_two_processes_share_what_is_trained_beside_the_student(place, name):
+    make, sections = BESIDE[name]
+    if make is not None:
+        torch.manual_seed(0)
+        make().eval().save_pretrained(place.folder / "teacher")
+    recipe = place.write(**{"surrogate": None, "arms": ["data_free"], "evaluate": None, "report": None} | sections)
+    one = place.folder / "one"
+    assert cli.main(["run", str(recipe), "--out", str(one), "--quiet"]) == 0
+    process = torchrun("-m", "potstill", "run", recipe, "--out", place.out, "--quiet")
+    output = ended(process)
+    assert process.returncode == 0, output
+    made = sorted(p.parent.relative_to(one) for p in one.rglob("manifest.json"))
+    assert len(made) == {"rounds": 2}.get(name, 0)
+    if made:  # the second round's are made against a student that is the same up to rounding
+        assert contents(place.out / "surrogate") == contents(one / "surrogate")
+        images = [surrogate.read(root / made[0]).astype(int) for root in (place.out, one)]
+        assert abs(images[0] - images[1]).max() <= 1
+    [file] = [p.parent.relative_to(one) for p in one.glob("students/*/*/model.safetensors")]
+    found, whole = (build.pretrained(str(root / file)).eval().model() for root in (place.out, one))
+    x = Noise((8,)).uniform("x", (16, 1, 8, 8))
+    for program in ("generate", "infer", "link"):
+        if getattr(whole, program):
+            inputs = () if program == "generate" else (whole.images.encode(x),)
+            a, b = (run(getattr(model, program), *inputs, noise=Noise((7,)), n=16).out.dist for model in (found, whole))
+            a, b = (d.logits if isinstance(d, Categorical) else d.mean for d in (a, b))
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-4, msg=lambda text, program=program: f"{program}: {text}")
