@@ -44,6 +44,7 @@ ORDER = [
     "doctor",
     "simple",
     "jobs",
+    "inventory",
     "progress",
     "worker",
     "pipeline",

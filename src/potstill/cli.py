@@ -56,7 +56,10 @@ def _parser() -> argparse.ArgumentParser:
         with_run(name, help)
     commands.add_parser("schema", help="print the recipe's JSON schema")
     commands.add_parser("zoo", help="list the models that come with potstill")
-    doctor = commands.add_parser("doctor", help="what works here; with --teacher, what is wrong with a model")
+    doctor = commands.add_parser("doctor", help="what works here; what is damaged in a run's folder; what is wrong with a model")
+    doctor.add_argument(
+        "run", nargs="?", type=Path, metavar="DIR", help="folder of a run: look for files that are not as they were written"
+    )
     doctor.add_argument(
         "--teacher",
         metavar="MODEL",
@@ -96,9 +99,16 @@ def _zoo() -> None:
         print(f"zoo:{card.parent.name}  ({size:.2f} MiB)\n  {lines[0]}")
 
 
-def _doctor(teacher: str | None, modules: Sequence[str]) -> None:
+def _doctor(run: Path | None, teacher: str | None, modules: Sequence[str]) -> None:
+    if run is not None:
+        from .inventory import damage
+
+        if damaged := damage(run):
+            raise BadInput("\n".join(damaged))
+        print(f"{run}: every file is as it was written")
     if teacher is not None:
         _examine(teacher, modules)
+    if run is not None or teacher is not None:
         return
     import importlib.util
 
@@ -220,7 +230,7 @@ def _ended(words: Sequence[str], ranks: Ranks) -> tuple[int, str | None]:
                 case "zoo":
                     _zoo()
                 case "doctor":
-                    _doctor(arguments.teacher, arguments.modules)
+                    _doctor(arguments.run, arguments.teacher, arguments.modules)
                 case _:
                     _run(arguments, ranks)
             sys.stdout.flush()

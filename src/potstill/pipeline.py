@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import __version__, build, config
+from . import __version__, build, config, inventory
 from .data import Dataset, Kept, Split, floats
 from .distill.loop import accelerator, threads
 from .energy.statistics import FILE as ACTIVATIONS
@@ -489,7 +489,9 @@ class Run:
             write_json(begun, {"fingerprint": mark, "depends": plain})
         start = time.perf_counter()
         yield self.ranks.share(lambda: True)
-        write_json(done, {"fingerprint": mark, "seconds": round(time.perf_counter() - start, 1), "potstill": __version__})
+        inventory.finish(
+            self.folder, name, {"fingerprint": mark, "seconds": round(time.perf_counter() - start, 1), "potstill": __version__}
+        )
 
     def tidy(self) -> None:
         """Remove the saved states of what is done, and what killed processes left half written."""
@@ -876,7 +878,7 @@ def execute(
             path = folder / "recipe.yaml"
             if ranks.first:
                 run.check_folder()  # again, for another process may have been at work until now
-                resolved = config.dump(recipe)
+                resolved = inventory.sealed(config.dump(recipe))
                 if not path.exists() or path.read_text(encoding="utf-8") != resolved:
                     write_text(path, resolved)
             ranks.wait()

@@ -279,6 +279,7 @@ class States:
             save_tensors(tensors, temporary / "state.safetensors")
             digest = sha256(temporary / "state.safetensors")
             manifest = {"format": FORMAT, "step": step, "files": {"state.safetensors": digest}, "state": skeleton}
+            manifest["sha256"] = fingerprint(manifest)
             (temporary / "manifest.json").write_text(
                 json.dumps(manifest), encoding="utf-8"
             )  # on one line: indenting takes ten times as long
@@ -290,17 +291,9 @@ class States:
         complaints: list[str] = []
         for folder in reversed(self._steps()):
             try:
-                manifest = read_json(folder / "manifest.json")
-                if manifest["format"] != FORMAT:
-                    raise BrokenFile(f"{folder}: format {manifest['format']!r}, not {FORMAT!r}")
-                path = folder / "state.safetensors"
-                if sha256(path) != manifest["files"]["state.safetensors"]:
-                    raise BrokenFile(f"{path}: not the file that its manifest describes")
-                return _join(read_tensors(path), manifest["state"]), complaints
+                return _whole(folder), complaints
             except (BrokenFile, OSError) as error:
                 complaints.append(str(error))
-            except (KeyError, TypeError, ValueError, RecursionError) as error:
-                complaints.append(f"{folder / 'manifest.json'}: not a manifest of format {FORMAT} ({error!r})")
         return None, complaints
 
     def clear(self) -> None:
@@ -310,6 +303,40 @@ class States:
     def _steps(self) -> list[Path]:
         found = [p for p in self.folder.glob("step-*") if p.name[5:].isdecimal()] if self.folder.is_dir() else []
         return sorted(found, key=lambda p: int(p.name[5:]))
+
+
+def spoiled_states(folder: Path) -> list[str]:
+    """What is wrong with each saved state below a folder, a line each."""
+    found = []
+    for step in sorted(p for p in folder.rglob("step-*") if p.is_dir() and not p.is_symlink()):
+        try:
+            _whole(step)
+        except (BrokenFile, OSError) as error:
+            found.append(str(error))
+    return found
+
+
+def _whole(folder: Path) -> dict[str, Any]:
+    """The state that was saved in a folder.
+
+    Raises:
+        BrokenFile: it is not as it was written.
+    """
+    try:
+        manifest = read_json(folder / "manifest.json")
+        if manifest["format"] != FORMAT:
+            raise BrokenFile(f"{folder}: format {manifest['format']!r}, not {FORMAT!r}")
+        path = folder / "state.safetensors"
+        if sha256(path) != manifest["files"]["state.safetensors"]:
+            raise BrokenFile(f"{path}: not the file that its manifest describes")
+        if manifest.get("sha256") != fingerprint({k: v for k, v in manifest.items() if k != "sha256"}):
+            raise BrokenFile(f"{folder / 'manifest.json'}: not as it was written")
+        tree: dict[str, Any] = _join(read_tensors(path), manifest["state"])
+        return tree
+    except BrokenFile:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise BrokenFile(f"{folder / 'manifest.json'}: not a manifest of format {FORMAT} ({error!r})") from None
 
 
 @contextlib.contextmanager

@@ -214,13 +214,18 @@ def _shards(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         yield folder / shard_name(i), entry
 
 
-def _tables(folder: Path) -> Iterator[tuple[Path, pa.Table]]:
-    """Each shard, checked against the manifest."""
+def _checked(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     for path, entry in _shards(folder):
         if not path.is_file() or path.is_symlink():
             raise BrokenFile(f"{path}: no such file")
         if sha256(path) != entry.get("sha256"):
             raise BrokenFile(f"{path}: not the file that the manifest describes")
+        yield path, entry
+
+
+def _tables(folder: Path) -> Iterator[tuple[Path, pa.Table]]:
+    """Each shard, checked against the manifest."""
+    for path, entry in _checked(folder):
         try:
             table = pq.read_table(path)
         except (pa.ArrowException, ValueError, OSError) as error:
@@ -277,6 +282,16 @@ def columns(folder: Path) -> dict[str, list[Any]]:
             if name not in _FIELDS and name != "values":
                 found.setdefault(name, []).extend(table[name].to_pylist())
     return found
+
+
+def check(folder: Path) -> None:
+    """See that every shard is the one that the manifest describes, without decoding it.
+
+    Raises:
+        BrokenFile: one is not, is missing, or the manifest is none.
+    """
+    for _ in _checked(folder):
+        pass
 
 
 def digest(folder: Path) -> str:
