@@ -9,6 +9,7 @@ import json
 import threading
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -84,6 +85,48 @@ def test_a_deterministic_chain_is_diffusers_ddim(prediction, schedule, steps):
         assert (trace[node].value - x).abs().max() < 1e-5
     assert x.std() > 0.1
     assert [*trace] == ["xT", *(f"x{t}" for t in scheduler.timesteps[1:].tolist()), "out"]
+
+
+@torch.no_grad()
+def test_a_chain_that_is_told_labels_is_diffusers_with_labels():
+    from diffusers import DDIMScheduler
+
+    net = unet(classes=3, steps=4)
+    scheduler = DDIMScheduler(timestep_spacing="trailing")
+    scheduler.set_timesteps(4)
+    trace = run(net.model().generate, noise=Noise(), n=8)
+    x, labels = trace["xT"].value, trace["told"].value.long()
+    assert set(labels.tolist()) == {0, 1, 2}
+    for t in scheduler.timesteps:
+        x = scheduler.step(net.chain.net(x, t, class_labels=labels).sample, t, x).prev_sample
+    torch.testing.assert_close(trace.out.dist.mean, x, rtol=0, atol=1e-5)
+    other = run(net.model().generate, noise=Noise(), n=8, given={"told": (trace["told"].value + 1) % 3})
+    assert not torch.allclose(other.out.dist.mean, x, atol=1e-3)
+
+
+def test_a_network_with_labels_is_loaded_from_diffusers_shrunk_and_saved(tmp_path):
+    from diffusers import DDIMScheduler, UNet2DModel
+
+    net = unet(classes=3)
+    again = UNet.of(net.chain.net, DDIMScheduler(), steps=net.chain.steps)
+    assert (again.chain.conditions, again.chain.net.config.num_class_embeds) == (3, 3)
+    assert isinstance(again.chain.net, UNet2DModel)
+    small = net.shrunk(4)
+    assert (small.chain.conditions, small.width) == (3, 4)
+    net.save_pretrained(tmp_path)
+    loaded = UNet.from_pretrained(tmp_path)
+    assert torch.equal(loaded.model().sample(2, Noise()), net.model().sample(2, Noise()))
+
+
+def test_a_chain_that_is_told_labels_learns_them():
+    net = unet(classes=2)
+    x = torch.full((N, *IMAGE), 0.5)
+    with pytest.raises(ValueError, match="told one of 2 conditions"):
+        DenoisingLoss(net, net.chain)(Noise(), x)
+    labels = torch.arange(N) % 2
+    found, other = (DenoisingLoss(net, net.chain)(Noise(), x, told)["out"] for told in (labels, 1 - labels))
+    assert not torch.allclose(found, other)
+    assert torch.equal(found, net.chain.denoising(Noise(), 2 * x - 1, labels))
 
 
 @pytest.mark.parametrize("prediction", NAMES)
@@ -585,6 +628,28 @@ SECTION = {
         {"kind": "with_data", "generate": False},
     ],
 }
+
+
+def told(**sections):
+    """The recipe with a network that is told which of four places an image shows."""
+    train = SECTION["train"] | {"model": SECTION["train"]["model"] | {"classes": 4}}
+    arms = [arm for arm in SECTION["arms"] if arm.get("name") != "samples"]
+    return SECTION | {"train": train, "arms": arms} | sections
+
+
+def test_a_recipe_with_labels(place):
+    assert place.run("run", **told()) == 0
+    metrics = json.loads((place.out / "metrics.json").read_text())
+    assert set(metrics["arms"]) == {"teacher", "online", "finished", "short", "data", "student_with_data"}
+    assert json.loads((place.out / "students" / "online" / "seed-0" / "config.json").read_text())["classes"] == 4
+
+
+def test_what_has_no_labels_cannot_teach_them(place, capsys):
+    assert place.run("run", **told(arms=[{"kind": "scratch", "name": "samples", "surrogate": "finished"}])) == 2
+    assert "arm samples: a surrogate has no labels" in capsys.readouterr().err
+    np.savez(place.folder / "data.npz", images=np.load(place.folder / "data.npz")["images"])
+    assert place.run("run", **told()) == 2
+    assert "data: has no labels" in capsys.readouterr().err
 
 
 def test_a_recipe_of_every_arm(place):

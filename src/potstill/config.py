@@ -286,6 +286,7 @@ class UNetNet(Section):
     schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
     betas: tuple[Annotated[float, Field(gt=0, lt=1), _NUMERIC], Annotated[float, Field(gt=0, lt=1), _NUMERIC]] = (1e-4, 0.02)
     times: Annotated[int, Field(ge=1, le=2**16), _NUMERIC] = Field(default=1000, description="at which it is trained; of no part in a flow")
+    classes: Annotated[int, Field(ge=0, le=2**20), _NUMERIC] = Field(default=0, description="labels that it is told; 0 for none")
     arguments: Arguments | None = Field(default=None, description="further ones of UNet2DModel, such as down_block_types")
 
 

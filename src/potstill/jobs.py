@@ -30,7 +30,7 @@ from .errors import BadInput, BrokenFile, Locked
 from .evaluate.cost import parameters
 from .families.chain import DenoisingLoss
 from .families.classifier import classes_of
-from .families.diffusion import Autoencoding, Denoising, TextToImage, chain_of
+from .families.diffusion import Autoencoding, Denoising, TextToImage, UNet, chain_of
 from .families.gan import GAN
 from .families.latent import LatentDiffusion
 from .model import Model, evaluating, kept_for_gradient
@@ -287,6 +287,8 @@ def trained_adversarially(model: Model) -> bool:
 
 def labels_shown(model: Model) -> int:
     """How many labels a model's generator is shown."""
+    if isinstance(model.net, UNet):
+        return model.net.chain.conditions
     return model.net.classes if isinstance(model.net, GAN) else 0
 
 
@@ -413,13 +415,15 @@ def rehearse(shop: Workshop, teacher: Model) -> None:
 
     labels = torch.zeros(2, dtype=torch.int64, device=shop.device)
 
-    def scratch(student: Model, adversary: Adversary | None) -> dict[str, Tensor]:
+    def scratch(arm: config.Arm, student: Model, adversary: Adversary | None) -> dict[str, Tensor]:
         if adversary is not None:
             return AdversarialTraining(student, adversary)(noise, gray, labels)
         if chain := chain_of(student):
-            if chain.conditions:
+            if isinstance(student.net, LatentDiffusion):
                 raise BadInput("arms: scratch is not for text-to-image students, which would need a text for each real image")
-            return DenoisingLoss(student.net, chain)(noise, gray)
+            if arm.surrogate and chain.conditions:
+                raise BadInput(f"arm {arm.title}: a surrogate has no labels, which the student is told")
+            return DenoisingLoss(student.net, chain)(noise, gray, labels)
         return likelihood(student)(noise, gray) if classes is None else Classification(student)(noise, gray, labels)
 
     for arm in shop.recipe.arms:
@@ -433,7 +437,7 @@ def rehearse(shop: Workshop, teacher: Model) -> None:
                 check_unrolled(student, distill.generate.batch)
             try:
                 if name == "scratch":
-                    losses, learns = scratch(student, adversary), {n for n, _ in student.net.named_parameters()}
+                    losses, learns = scratch(arm, student, adversary), {n for n, _ in student.net.named_parameters()}
                 elif name == "continual":
                     losses, learns = _continual(distill, teacher, student)(noise, gray), {n for n, _ in student.net.named_parameters()}
                 elif plain == "link" and (pool := _pool(shop.recipe, arm, teacher, student, 0, 2)):
@@ -570,7 +574,7 @@ def _from_scratch(
             return Phase(name, objective, with_labels, parameters + _own(adversary), training, len(train.images))
         if chain := chain_of(model):
             denoising = DenoisingLoss(model.net, chain)
-            return Phase(name, denoising, lambda module, batch: module(batch.noise, load(batch)), parameters, training, len(train.images))
+            return Phase(name, denoising, with_labels, parameters, training, len(train.images))
         if isinstance(training, config.Continual):
             continual = _continual(shop.recipe.distill or config.Distill(), shop.teacher, model)
             return Phase(name, continual, elbo, parameters, training, len(train.images))

@@ -229,7 +229,7 @@ class Run:
         images = self.shop.real.train
         if isinstance(section.model, config.CLASSIFIERS):
             _check_labels(images, section.model.classes, "train.model.classes is")
-        if isinstance(section.model, config.GANNet) and section.model.classes:
+        if isinstance(section.model, (config.GANNet, config.UNetNet)) and section.model.classes:
             _check_labels(images, section.model.classes, "train.model.classes is")
         check_augment(section.augment, images.images.shape, "train")
         if isinstance(section.model, config.TextToImageNet):
@@ -290,10 +290,11 @@ class Run:
                 figures = {"accuracy": accuracy(model, images, test.labels, 256)}
             elif chain := chain_of(model):
                 loss, noise = DenoisingLoss(model.net, chain), Noise((self.recipe.seed, "held out"))
+                labels = None if test.labels is None else torch.from_numpy(test.labels).to(model.device)
                 with torch.no_grad():
                     found = [
-                        loss(noise.at(range(i, i + len(part))), part.to(model.device))["out"].cpu()
-                        for i, part in zip(range(0, len(images), 256), _parts(images), strict=True)
+                        loss(noise.at(rows), images[rows].to(model.device), None if labels is None else labels[rows])["out"].cpu()
+                        for rows in (range(i, min(i + 256, len(images))) for i in range(0, len(images), 256))
                     ]
                 figures = {"denoising_mse": torch.cat(found).mean().item()}
             elif model.infer is None:

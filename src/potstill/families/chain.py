@@ -188,19 +188,25 @@ class Chain(nn.Module):
         sample("prediction", Point(prediction))  # a value given there says what another network predicted; the link is this one's
         return self.towards(prediction, noisy, t, s)
 
-    def denoising(self, noise: NoiseSource, x: Tensor) -> Tensor:
+    def denoising(self, noise: NoiseSource, x: Tensor, told: Tensor | None = None) -> Tensor:
         """Mean squared error of the prediction at a random time, ``(batch,)``: the simple loss of Ho et al., and that of flow matching.
 
         Args:
             noise: of the times and of the images.
             x: ``(batch, C, H, W)`` in [-1, 1].
+            told: numbers of the images' conditions, ``(batch,)``, where the network is told some.
+
+        Raises:
+            ValueError: it is, and there are none.
         """
+        if self.conditions and told is None:
+            raise ValueError(f"a chain that is told one of {self.conditions} conditions learns from images with theirs")
         u = noise.uniform("t", (len(x), 1), x.device)[:, 0]
         t = u * FLOW_TIMES if self.prediction == "flow" else (u * (len(self.alphas) - 1)).floor()
         alpha, sigma = self.levels(t)
         eps = noise.normal("eps", x.shape, x.device)
         target = {"epsilon": eps, "v": alpha * eps - sigma * x, "sample": x, "flow": eps - x}[self.prediction]
-        return (self(alpha * x + sigma * eps, t) - target).square().flatten(1).mean(1)
+        return (self(alpha * x + sigma * eps, t, told if self.conditions else None) - target).square().flatten(1).mean(1)
 
 
 class DenoisingLoss(nn.Module):
@@ -216,7 +222,7 @@ class DenoisingLoss(nn.Module):
         self.net = net
         self._chain = (chain,)  # it is the network or within it, and would be saved twice
 
-    def forward(self, noise: NoiseSource, images: Tensor) -> dict[str, Tensor]:
-        """Loss ``(batch,)`` of images ``(batch, C, H, W)`` in [0, 1]."""
+    def forward(self, noise: NoiseSource, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Loss ``(batch,)`` of images ``(batch, C, H, W)`` in [0, 1], with labels ``(batch,)`` where the network is told them."""
         (chain,) = self._chain
-        return {"out": chain.denoising(noise, chain.images.encode(images))}
+        return {"out": chain.denoising(noise, chain.images.encode(images), labels)}

@@ -51,6 +51,7 @@ class UNet(
         schedule: of the noise, as diffusers names them: "linear", "scaled_linear" or "squaredcos_cap_v2".
         betas: first and last beta; have no part in the last of the schedules, nor in a flow.
         times: at which it is trained; have no part in a flow.
+        classes: labels of which the network is told one; 0 for none.
         arguments: further ones of ``UNet2DModel``. The groups of its norms and the width of its heads fall where channels are too few.
         family: written to ``config.json``, so that a checkpoint says what it is.
 
@@ -72,6 +73,7 @@ class UNet(
         schedule: str = "linear",
         betas: tuple[float, float] = (1e-4, 0.02),
         times: int = 1000,
+        classes: int = 0,
         arguments: dict[str, Any] | None = None,
         family: str = "unet",
     ):
@@ -101,12 +103,14 @@ class UNet(
                 out_channels=channels,
                 block_out_channels=blocks,
                 layers_per_block=layers,
+                num_class_embeds=classes or None,
                 **given,
             )
             noises = DDPMScheduler(times, betas[0], betas[1], schedule)
         except (TypeError, NotImplementedError) as error:
             raise ValueError(f"diffusers' UNet2DModel: {error}") from None
-        self.chain = Chain(unet, self.image, prediction, None if prediction == "flow" else noises.alphas_cumprod, sampler, steps, clip)
+        alphas = None if prediction == "flow" else noises.alphas_cumprod
+        self.chain = Chain(unet, self.image, prediction, alphas, sampler, steps, clip, classes)
 
     @classmethod
     def of(cls, unet: Any, scheduler: Any, steps: int | None = None, sampler: Literal["ddim", "ddpm"] | None = None) -> UNet:
@@ -122,8 +126,8 @@ class UNet(
             BadInput: a schedule or conditions that are not supported.
         """
         settings, noises = json.loads(json.dumps(dict(unet.config), default=str)), scheduler.config
-        if settings.get("num_class_embeds") or settings.get("class_embed_type"):
-            raise BadInput("teacher: its unet is conditioned on classes, which is not supported")
+        if settings.get("class_embed_type"):
+            raise BadInput(f"teacher: its unet has class_embed_type {settings['class_embed_type']}, which is not supported")
         prediction = prediction_of(scheduler)
         if noises.get("trained_betas") is not None or noises.get("clip_sample_range", 1.0) != 1.0:
             found = "trained_betas" if noises.get("trained_betas") is not None else f"clip_sample_range {noises['clip_sample_range']}"
@@ -146,6 +150,7 @@ class UNet(
             noises.get("beta_schedule", "linear"),
             (noises.get("beta_start", 1e-4), noises.get("beta_end", 0.02)),
             noises["num_train_timesteps"],
+            settings.pop("num_class_embeds", None) or 0,
             {k: v for k, v in settings.items() if k != "out_channels" and not k.startswith("_")},
         )
         net.chain.net.load_state_dict(unet.state_dict())
@@ -170,6 +175,7 @@ class UNet(
             self.schedule,
             self.betas,
             self.times,
+            c.conditions,
             self.arguments,
         )
 
