@@ -16,6 +16,7 @@ from potstill import build, config
 from potstill.distill.distiller import Distiller, reached
 from potstill.distill.pool import OnlineLinks
 from potstill.divergence import Match, mse
+from potstill.doctor import examine
 from potstill.errors import BadInput
 from potstill.families.diffusion import chain_of
 from potstill.noise import FixedNoise, Noise
@@ -236,6 +237,10 @@ def test_bad_input_is_one_line(place, capsys, sections, expected):
 def test_a_teacher_without_text_is_given_none(place, capsys):
     assert place.run("run", teacher={"kind": "pretrained", "path": "zoo:digits-lvae", "prompts": ["a"]}) == 2
     assert "are of text-to-image teachers; zoo:digits-lvae reads no text" in capsys.readouterr().err
+
+
+def test_the_doctor_finds_nothing_wrong(folder):
+    assert examine(teacher(folder, guidance_scale=2.0)) == []
 
 
 def test_a_pipeline_without_its_text_encoder_is_refused(folder, tmp_path):

@@ -17,6 +17,7 @@ from .build import reason
 from .distill.distiller import tensors_of
 from .divergence import shape_of
 from .evaluate.cost import parameters
+from .families.latent import LatentDiffusion
 from .model import Model
 from .noise import Noise
 from .trace import Trace, run
@@ -409,6 +410,8 @@ def _unchanged(net: nn.Module) -> Iterator[None]:
 def _listening(visit: _Visit, program: str) -> Iterator[None]:
     """See which modules a program calls: those that are no part of the network, and BatchNorm in train mode."""
     own, strangers, training = set(visit.model.net.modules()), set[nn.Module](), set[nn.Module]()
+    if isinstance(visit.model.net, LatentDiffusion):  # its autoencoder is shared with students, by design
+        own |= set(visit.model.net.chain.vae.modules())
 
     def listen(module: nn.Module, inputs: Any) -> None:
         if module not in own and any(True for _ in (*module.parameters(False), *module.buffers(False))):
@@ -465,4 +468,4 @@ def _described(dist: Distribution) -> str:
 
 
 def _sizes(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
+    return "x".join(map(str, shape)) or "1"
