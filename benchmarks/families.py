@@ -17,7 +17,7 @@ from typing import Any
 from common import write
 from potstill import config, pipeline
 from potstill.report.tables import text_table
-from potstill.state import read_json
+from potstill.state import read_json, write_json
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 FAMILIES = {
@@ -75,9 +75,13 @@ def main() -> None:
         if name not in arguments.only:
             continue
         folder, start = arguments.runs / name, time.perf_counter()
-        fresh = not folder.exists()
+        fresh, clock = not folder.exists(), arguments.runs / f"{name}.seconds.json"
+        if fresh:
+            clock.unlink(missing_ok=True)
         pipeline.execute(recipe(name), folder)
-        seconds = time.perf_counter() - start if fresh else None  # a run that went on would tell of its rest alone
+        if fresh:  # a run that went on would tell of its rest alone
+            write_json(clock, time.perf_counter() - start)
+        seconds = read_json(clock) if clock.exists() else None
         metrics: dict[str, Any] = read_json(folder / "metrics.json")
         print(f"{name}\n{text_table(metrics)}", file=sys.stderr)
         table += rows(family, name, metrics, seconds)
