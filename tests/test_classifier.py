@@ -451,7 +451,7 @@ def test_an_autoencoder_without_a_generator_phase_is_compared_by_its_reconstruct
 def test_cross_entropy_takes_each_image_with_its_own_label(tmp_path):
     shop = workshop(tmp_path, arms=["scratch"])
     student = shop.student(jobs.jobs(shop.recipe)[0])
-    phase = jobs._from_scratch(shop, student, None, config.Scratch(batch=8), "scratch", True)("scratch")
+    phase = jobs._from_scratch(shop, student, None, config.Scratch(batch=8), "scratch", True, shop.real.train)("scratch")
     index = torch.tensor([5, 0, 9])
     student.net.eval()
     batch = jobs.Batch(Noise().at(range(3)), index, 3, 0)

@@ -12,7 +12,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 import priors
-from potstill import build, config
+from potstill import build, config, jobs
 from potstill.distill.distiller import Distiller, reached
 from potstill.distill.pool import OnlineLinks
 from potstill.divergence import Match, mse
@@ -209,6 +209,19 @@ def test_a_run_that_is_cut_short_goes_on_to_the_same_bits(place, monkeypatch):
     cut_at(monkeypatch, 3, 7)
     assert [place.run("distill") for _ in range(3)] == [130, 130, 0]
     assert results(place.out) == expected
+
+
+def test_other_texts_or_another_autoencoder_are_another_teacher(place, folder):
+    def digest(**more):
+        recipe = config.check(place.recipe | {"teacher": place.recipe["teacher"] | more})
+        return jobs.Workshop(recipe, place.out).teacher_digest
+
+    first = digest()
+    assert digest() == first
+    assert digest(prompts=TEXTS[:2]) != first
+    shop = jobs.Workshop(config.check(place.recipe), place.out)
+    next(shop.teacher.net.chain.vae.parameters()).data.add_(1)
+    assert shop.teacher_digest != first
 
 
 # ------------------------------------------------------------------ bad input

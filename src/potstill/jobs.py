@@ -94,8 +94,9 @@ class Workshop:
 
     @cached_property
     def teacher_digest(self) -> str:
-        """Of its weights."""
-        return digest_of(self.teacher.net)
+        """Of its weights, and of what its students share with it."""
+        net = self.teacher.net
+        return digest_of(net) if not isinstance(net, LatentDiffusion) else fingerprint([digest_of(n) for n in (net, *net.shared())])
 
     @cached_property
     def data(self) -> Dataset | None:

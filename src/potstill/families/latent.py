@@ -204,6 +204,13 @@ class LatentDiffusion(nn.Module):
         """The network with its two programs."""
         return Model(self, self.chain.images, self.chain.generate, link=self.chain.link)
 
+    def shared(self) -> tuple[nn.Module, nn.Module]:
+        """What it shares with its students beside its own weights: the autoencoder, and the embeddings of the texts."""
+        told = nn.Module()
+        for name, tensor in self.chain.net.named_buffers(recurse=False):
+            told.register_buffer(name, tensor)
+        return self.chain.vae, told
+
     def shrunk(self, width: int, steps: int | None = None) -> LatentDiffusion:
         """A fresh denoiser of another width without guidance, in a chain of that many steps where they are given."""
         c = self.chain
