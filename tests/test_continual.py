@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from potstill import config
 from potstill.data import Split
 from potstill.distill.distiller import Continual, Stacked, likelihood
 from potstill.divergence import Match
@@ -23,7 +21,6 @@ from potstill.report.tables import metric_of, text_table
 from potstill.trace import run
 from runs import STEPS, Place, cut_at, results, teacher
 
-ROOT = Path(__file__).parents[1]
 N = 6
 OLD, NEW = [0, 1], [2, 3]
 SECTIONS = {
@@ -244,8 +241,3 @@ def test_a_figure_of_a_group_is_described_as_its_whole():
     found = metric_of("reconstruction_mse/old")
     assert (found.key, found.better, found.label) == ("reconstruction_mse/old", "lower", "Reconstruction MSE, old")
     assert metric_of("unknown/old").better == ""
-
-
-def test_the_recipe_ships():
-    recipe = config.read(ROOT / "recipes/digits-continual.yaml")
-    assert [arm.kind for arm in recipe.arms] == ["continual", "scratch", "scratch"]

@@ -11,6 +11,7 @@ from potstill import cli
 from potstill.errors import BadInput
 from potstill.inventory import MADE, damage, sealed
 from potstill.pipeline import STAGES
+from potstill.state import fingerprint
 from runs import STEPS, Place, cut_at
 
 SECTIONS = {
@@ -104,6 +105,14 @@ def test_a_mark_that_lists_other_files_is_found(out):
     whole["files"].pop("student/model.safetensors")
     path.write_text(json.dumps(whole))
     assert damage(out) == [f"{path}: not as it was written"]
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/etc/hostname"])
+def test_a_mark_that_points_out_of_the_run_is_not_followed(out, name):
+    path = out / "distill" / "done.json"
+    whole = {"files": {name: "0" * 64}}
+    path.write_text(json.dumps(whole | {"sha256": fingerprint(whole)}))
+    assert damage(out) == [f"{path}: names {name}, which is no file of the run"]
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "null", '{"files": 7, "sha256": 1}', '{"files": {"a": 1}'])

@@ -19,6 +19,7 @@ from potstill.divergence import Match, mse
 from potstill.doctor import examine
 from potstill.errors import BadInput
 from potstill.families.diffusion import chain_of
+from potstill.families.latent import Told
 from potstill.noise import FixedNoise, Noise
 from potstill.trace import run
 from runs import Place, cut_at, results
@@ -124,6 +125,24 @@ def test_the_texts_differ(folder):
         found = chain(same, t, torch.arange(3).float())
     assert not torch.allclose(found[0], found[1])
     assert not torch.allclose(found[1], found[2])
+
+
+def test_arguments_within_arguments_reach_the_denoiser():
+    """As Stable Diffusion XL has them."""
+    seen = {}
+
+    class Denoiser(torch.nn.Module):
+        def forward(self, x, t, return_dict, **arguments):
+            seen.update(arguments)
+            return (x * arguments["added"]["scale"].view(-1, 1, 1, 1),)
+
+    told = {"states": torch.arange(6.0).view(3, 2), "added": {"scale": torch.tensor([1.0, 2.0, 3.0])}}
+    nothing = {"states": torch.zeros(1, 2), "added": {"scale": torch.zeros(1)}}
+    x, text = torch.ones(2, 1, 1, 1), torch.tensor([2, 0])
+    found = Told(Denoiser(), told, nothing, 2.0)(x, torch.zeros(2), text)
+    assert found.flatten().tolist() == [6.0, 2.0]
+    assert torch.equal(seen["states"], torch.tensor([[0.0, 0.0], [0.0, 0.0], [4.0, 5.0], [0.0, 1.0]]))
+    assert Told(Denoiser(), told).smaller(Denoiser())(x, torch.zeros(2), text).flatten().tolist() == [3.0, 1.0]
 
 
 def test_in_the_pool_a_text_stays_with_its_image_until_that_is_finished(folder):

@@ -38,7 +38,7 @@ from .state import check_weights, digest_of, read_json, read_tensors, sha256
 from .synthesize.ancestral import Ancestral, Uniform
 from .synthesize.guided import Guided
 from .synthesize.inversion import Inversion, LatentInversion
-from .synthesize.prior import Prior, Prompts
+from .synthesize.prior import Prior, Prompts, parts_of
 from .synthesize.synthesis import Synthesizer
 from .trace import run
 
@@ -355,9 +355,8 @@ def loaded(section: config.Teacher, trained: Path, allowed: Sequence[str]) -> Mo
 
 def _pretrained_teacher(section: config.Pretrained) -> Network:
     folder = locate(section.path)
-    index = folder / "model_index.json"
-    if index.exists():
-        if "UNet2DConditionModel" in index.read_text(encoding="utf-8", errors="replace"):
+    if (folder / "model_index.json").exists():
+        if parts_of(folder).get("unet") == "UNet2DConditionModel":
             return text_to_image_teacher(section)
         _untold(section)
         return denoiser(section.path, section.chain, section.sampler)
@@ -678,19 +677,20 @@ def prompts(section: config.Guided) -> Prompts | None:
     if section.classes is None:
         if isinstance(content, dict):
             raise BadInput(f"{path}: texts by name, and the recipe names no classes; name them, or list texts alone")
-        content = {"": content}
-    missing = [name for name in names if not isinstance(content, dict) or not content.get(name)]
-    if missing == [""]:
-        raise BadInput(f"{path}: a list of texts is expected")
+        return Prompts((_texts(content, str(path)),), section.negative)
+    missing = [name for name in section.classes if not isinstance(content, dict) or not content.get(name)]
     if missing:
         raise BadInput(
             f"{path}: no prompts for {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; a list for each class is expected"
         )
-    wordings = [[content[name]] if isinstance(content[name], str) else content[name] for name in names]
-    for name, texts in zip(names, wordings, strict=True):
-        if not isinstance(texts, list) or not all(isinstance(t, str) and t.isprintable() and t for t in texts):
-            raise BadInput(f"{path}: {f'{name}: ' if name else ''}a list of texts is expected")
-    return Prompts(tuple(tuple(texts) for texts in wordings), section.negative)
+    return Prompts(tuple(_texts(content[name], f"{path}: {name}") for name in section.classes), section.negative)
+
+
+def _texts(found: Any, where: str) -> tuple[str, ...]:
+    texts = [found] if isinstance(found, str) else found
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.isprintable() and t for t in texts):
+        raise BadInput(f"{where}: a list of texts is expected")
+    return tuple(texts)
 
 
 def synthesizer(section: config.Surrogate, model: Model) -> tuple[Synthesizer, Prompts | None]:

@@ -103,7 +103,9 @@ def _stage(folder: Path, stage: str) -> Iterator[str]:
             return
         for name, digest in files.items():
             path = folder / name
-            if not path.is_file() or path.is_symlink():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                yield f"{done}: names {name}, which is no file of the run"
+            elif not path.is_file() or path.is_symlink():
                 yield f"{path}: gone"
             elif sha256(path) != digest:
                 yield f"{path}: not as stage {stage} wrote it"

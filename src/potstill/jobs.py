@@ -440,7 +440,10 @@ def rehearse(shop: Workshop, teacher: Model) -> None:
                 if name == "scratch":
                     losses, learns = scratch(arm, student, adversary), {n for n, _ in student.net.named_parameters()}
                 elif name == "continual":
-                    losses, learns = _continual(distill, teacher, student)(noise, gray), {n for n, _ in student.net.named_parameters()}
+                    losses, learns = (
+                        _continual(distill.continual, teacher, student)(noise, gray),
+                        {n for n, _ in student.net.named_parameters()},
+                    )
                 elif plain == "link" and (pool := _pool(shop.recipe, arm, teacher, student, 0, 2)):
                     losses, learns = pool(noise, torch.arange(2)), _learns(distill, arm, student, plain)
                 else:
@@ -473,8 +476,7 @@ def _check_continual(teacher: Model) -> None:
         )
 
 
-def _continual(distill: config.Distill, teacher: Model, student: Model) -> Continual:
-    section = distill.continual
+def _continual(section: config.Continual, teacher: Model, student: Model) -> Continual:
     return Continual(teacher, student, likelihood(student, section.beta), build.rules(section.rules), section.new, section.elbo)
 
 
@@ -577,8 +579,7 @@ def _from_scratch(
             denoising = DenoisingLoss(model.net, chain)
             return Phase(name, denoising, with_labels, parameters, training, len(train.images))
         if isinstance(training, config.Continual):
-            continual = _continual(shop.recipe.distill or config.Distill(), shop.teacher, model)
-            return Phase(name, continual, elbo, parameters, training, len(train.images))
+            return Phase(name, _continual(training, shop.teacher, model), elbo, parameters, training, len(train.images))
         return Phase(name, likelihood(model, training.beta), elbo, parameters, training, len(train.images))
 
     return phase

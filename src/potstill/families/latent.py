@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -54,25 +54,23 @@ class Told(nn.Module):
         off, on = both.chunk(2)
         return off + self.strength * (on - off)
 
-    def _call(self, x: Tensor, t: Tensor, tensors: list[Tensor]) -> Tensor:
-        arguments: dict[str, Any] = {}
-        for place, tensor in zip(self._places, tensors, strict=True):
-            inner = arguments
-            for key in place[:-1]:
-                inner = inner.setdefault(key, {})
-            inner[place[-1]] = tensor
-        found: Tensor = self.unet(x, t, **arguments, return_dict=False)[0]
+    def _call(self, x: Tensor, t: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        found: Tensor = self.unet(x, t, **self._arguments(tensors), return_dict=False)[0]
         return found
+
+    def _arguments(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
+        """The tensors where the denoiser looks for them."""
+        arguments: dict[str, Any] = {}
+        for (*outer, last), tensor in zip(self._places, tensors, strict=True):
+            inner = arguments
+            for key in outer:
+                inner = inner.setdefault(key, {})
+            inner[last] = tensor
+        return arguments
 
     def smaller(self, unet: nn.Module) -> Told:
         """The same texts for another denoiser, which learns what guidance makes of them, and so needs none."""
-        arguments: dict[str, Any] = {}
-        for i, place in enumerate(self._places):
-            inner = arguments
-            for key in place[:-1]:
-                inner = inner.setdefault(key, {})
-            inner[place[-1]] = self.get_buffer(f"told{i}")
-        return Told(unet, arguments)
+        return Told(unet, self._arguments([self.get_buffer(f"told{i}") for i in range(len(self._places))]))
 
 
 def _tensors(arguments: Arguments, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tensor]]:

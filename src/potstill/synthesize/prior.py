@@ -173,7 +173,7 @@ class Prior:
         except ImportError:
             raise BadInput("a diffusion prior needs diffusers and transformers: pip install 'potstill[diffusion]'") from None
         folder = _folder(path)
-        index = _index(folder)
+        index = parts_of(folder)
         _known(folder, index)
         bars = transformers.utils.logging.is_progress_bar_enabled()
         transformers.utils.logging.disable_progress_bar()  # ours are enough
@@ -419,8 +419,12 @@ def _json(path: Path) -> Any:
         raise BadInput(f"{path}: cannot be read as JSON; a diffusers folder has one there") from None
 
 
-def _index(folder: Path) -> dict[str, str]:
-    """Class names of a pipeline's parts; those that are null are left out."""
+def parts_of(folder: Path) -> dict[str, str]:
+    """Class names of a pipeline's parts, as its index has them; those that are null are left out.
+
+    Raises:
+        BadInput: the index is not there, is too large, or is none.
+    """
     content = _json(folder / "model_index.json")
     if not isinstance(content, dict):
         raise BadInput(f"{folder / 'model_index.json'}: a mapping is expected")
