@@ -80,13 +80,15 @@ def test_it_stops_when_its_parent_is_gone(place, work):
     assert students(place) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_it_saves_its_state_when_it_is_asked_to_stop(place, work, monkeypatch, number):
+@pytest.mark.parametrize("numbers", [(signal.SIGINT,), (signal.SIGTERM,), (signal.SIGINT, signal.SIGTERM)])
+def test_it_saves_its_state_when_it_is_asked_to_stop(place, work, monkeypatch, numbers):
+    """By both signals too: a terminal sends the first to all, and then the parent the second to its workers."""
     from potstill.distill.loop import Log
 
     def write(self, entry):
         if entry["step"] == 2:
-            signal.raise_signal(number)
+            for number in numbers:
+                signal.raise_signal(number)
 
     with monkeypatch.context() as patch:
         patch.setattr(Log, "write", write)

@@ -547,11 +547,16 @@ class Run:
                     time.sleep(0.2)
             finally:
                 # They are asked to stop, and save what they have, when this process is interrupted or one of them has failed.
-                for process in processes:
-                    if process.poll() is None:
-                        process.terminate()
-                for process in processes:
-                    process.wait()
+                try:
+                    for process in processes:
+                        if process.poll() is None:
+                            process.terminate()
+                    for process in processes:
+                        process.wait()
+                except KeyboardInterrupt:  # the second: not to wait for them
+                    for process in processes:
+                        process.kill()
+                    raise
             for process, output in zip(processes, outputs, strict=True):
                 if process.returncode not in (0, INTERRUPTED, -signal.SIGTERM):
                     output.seek(0)

@@ -82,7 +82,8 @@ def main() -> int:
     """Exit codes as of the command line."""
     run, identity, parent, *allowed = sys.argv[1:]
     try:
-        with stoppable() as keep_going:
+        # Patient, for a terminal sends Ctrl-C to the workers too, and then the parent asks them again, maybe in the middle of a save.
+        with stoppable(patient=True) as keep_going:
             work(Path(run), identity, tuple(allowed), lambda: keep_going() and os.getppid() == int(parent))
     except KeyboardInterrupt:
         return INTERRUPTED
