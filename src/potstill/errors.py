@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")  # what the Hub's access tokens look like
+_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+
 
 class BadInput(ValueError):
     """What the user gave is wrong: a recipe, a file, a shape, a number. Exit code 2."""
@@ -25,3 +31,16 @@ class Locked(BadInput):
 
 class Failed(RuntimeError):
     """A run failed for a reason that is not the user's. Exit code 1."""
+
+
+def without_tokens(text: str) -> str:
+    """The text without access tokens of the Hub: those of the environment, and what looks like one."""
+    for name in _VARIABLES:
+        if len(token := os.environ.get(name, "").strip()) >= 8:  # a shorter one would be found in words
+            text = text.replace(token, "hf_***")
+    return _TOKEN.sub("hf_***", text)
+
+
+def shown(text: str) -> str:
+    """A text as a terminal or a log may have it: without access tokens, and with control characters but line breaks written out."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in without_tokens(text))

@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from .errors import shown
+
 LINE_SECONDS = 20.0
 
 
@@ -47,7 +49,7 @@ class Board:
 
     def say(self, text: str) -> None:
         """One line, whatever the bars do."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(shown(text), markup=False, highlight=False, soft_wrap=True)
 
     def update(self, label: str, done: int, total: int, detail: str = "") -> None:
         """Set how far the task of that label is; the first call starts it, and the one that reaches the total removes it."""

@@ -20,7 +20,7 @@ from ..config import Training
 from ..divergence import total
 from ..errors import BadInput, Failed
 from ..noise import Noise
-from ..state import States
+from ..state import States, write_text
 from .rows import synchronized
 
 Objective = Callable[..., dict[str, Tensor]]
@@ -125,10 +125,9 @@ class Log:
                     entry = json.loads(line)
                     if entry["step"] <= done.get(entry["phase"], 0):
                         kept.append(line)
-                except (json.JSONDecodeError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     continue
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        write_text(self._path, "".join(line + "\n" for line in kept))
 
     def write(self, entry: dict[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:

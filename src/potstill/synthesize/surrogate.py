@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data import Kept, decode
+from ..data import Kept, check_rows, check_unpacked, decode
 from ..errors import BadInput, BrokenFile
 from ..noise import Noise
 from ..ranks import ALONE, Ranks
@@ -33,6 +33,7 @@ _VALUES = pa.list_(pa.list_(pa.list_(pa.float32())))
 # Of a shard's other columns: labels and texts that its images were made for, and an energy each.
 _MORE = {"label": pa.int64(), "prompt": pa.string()}
 _ENERGY = "energy."
+_READ = 64  # rows of a shard that are in memory as encoded images: a forged one may repeat a large one endlessly
 
 
 def to_uint8(x: Tensor) -> npt.NDArray[np.uint8]:
@@ -190,6 +191,8 @@ def _features(schema: pa.Schema) -> dict[str, Any]:
 def _is_ours(schema: pa.Schema) -> bool:
     known = {*_FIELDS, *_MORE, "values"}
     names = schema.names
+    if len(set(names)) < len(names):
+        return False
     whole = "row" in names and ("image" in names) != ("values" in names)
     return whole and all((n in known or n.startswith(_ENERGY)) and schema.field(n).type == _type(n) for n in names)
 
@@ -223,16 +226,23 @@ def _checked(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         yield path, entry
 
 
-def _tables(folder: Path) -> Iterator[tuple[Path, pa.Table]]:
-    """Each shard, checked against the manifest."""
+def _parts(folder: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[Path, int, dict[str, list[Any]]]]:
+    """Those columns of a few rows at a time, with the number of the first in its shard. Each shard is checked against the manifest."""
     for path, entry in _checked(folder):
         try:
-            table = pq.read_table(path)
+            with pq.ParquetFile(path) as shard:
+                rows, schema = shard.metadata.num_rows, shard.schema_arrow
+                if not _is_ours(schema) or rows != entry.get("rows"):
+                    raise BrokenFile(f"{path}: not a shard of {entry.get('rows')} images; {rows} rows of {', '.join(schema.names)}")
+                check_rows(rows, path.stat().st_size, str(path))
+                first, names = 0, [name for name in schema.names if wanted(name)]
+                for part in shard.iter_batches(_READ, columns=names) if names else ():
+                    yield path, first, {name: part.column(name).to_pylist() for name in names}
+                    first += part.num_rows
+        except BadInput:
+            raise
         except (pa.ArrowException, ValueError, OSError) as error:
-            raise BrokenFile(f"{path}: not a parquet shard ({str(error).splitlines()[0]})") from None
-        if not _is_ours(table.schema) or table.num_rows != entry.get("rows"):
-            raise BrokenFile(f"{path}: not a shard of {entry.get('rows')} images; {table.num_rows} rows of {', '.join(table.schema.names)}")
-        yield path, table
+            raise BrokenFile(f"{path}: not a parquet shard ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
 
 
 def read(folder: Path) -> Kept:
@@ -243,11 +253,12 @@ def read(folder: Path) -> Kept:
         BadInput: an image is corrupt or of another size.
     """
     images: list[npt.NDArray[Any]] = []
-    for path, table in _tables(folder):
-        if "values" in table.schema.names:
-            images += _values(table, path, images[0].shape if images else None)
+    unpacked, packed = 0, sum(path.stat().st_size for path, _ in _shards(folder) if path.is_file())
+    for path, first, part in _parts(folder, lambda name: name in ("image", "values")):
+        if "values" in part:
+            images += _values(part["values"], path, images[0].shape if images else None)
             continue
-        for row, cell in enumerate(table["image"].to_pylist()):
+        for row, cell in enumerate(part["image"], first):
             where = f"{path}, row {row}"
             if cell is None or cell["bytes"] is None:
                 raise BrokenFile(f"{where}: no image")
@@ -255,14 +266,16 @@ def read(folder: Path) -> Kept:
             if images and image.shape != images[0].shape:
                 raise BadInput(f"{where}: image of shape {image.shape}, others are {images[0].shape}")
             images.append(image)
+            unpacked += image.nbytes
+            check_unpacked(unpacked, packed, str(folder))
     if not images:
         raise BrokenFile(f"{folder}: a surrogate without images")
     return np.stack(images)
 
 
-def _values(table: pa.Table, path: Path, shape: tuple[int, ...] | None) -> list[npt.NDArray[np.float32]]:
+def _values(cells: list[Any], path: Path, shape: tuple[int, ...] | None) -> list[npt.NDArray[np.float32]]:
     try:
-        values = np.array(table["values"].to_pylist(), dtype=np.float32)
+        values = np.array(cells, dtype=np.float32)
     except (ValueError, TypeError):  # lists of unequal length, or nothing where a number should be
         raise BrokenFile(f"{path}: values of unequal shapes") from None
     if values.ndim != 4 or not np.isfinite(values).all() or shape not in (None, values.shape[1:]):
@@ -277,11 +290,19 @@ def columns(folder: Path) -> dict[str, list[Any]]:
         BrokenFile: as :func:`read`.
     """
     found: dict[str, list[Any]] = {}
-    for _, table in _tables(folder):
-        for name in table.schema.names:
-            if name not in _FIELDS and name != "values":
-                found.setdefault(name, []).extend(table[name].to_pylist())
+    for _, _, part in _parts(folder, lambda name: name not in _FIELDS and name != "values"):
+        for name, cells in part.items():
+            found.setdefault(name, []).extend(cells)
     return found
+
+
+def missing(folder: Path) -> Path | None:
+    """The first shard that the manifest names and that is not there, if any.
+
+    Raises:
+        BrokenFile: the manifest is none.
+    """
+    return next((path for path, _ in _shards(folder) if not path.exists()), None)
 
 
 def check(folder: Path) -> None:
