@@ -30,6 +30,7 @@ from .errors import RecipeError, shown, without_tokens
 
 MAX_RECIPE_BYTES = 1 << 20
 MAX_RECIPE_DEPTH = 32
+MAX_RECIPE_VALUES = 10_000  # PyYAML reads that many in a second or two
 MAX_PROBLEMS = 100  # that are told at once
 
 
@@ -1005,7 +1006,7 @@ _Dumper.add_implicit_resolver(_NUMBER, re.compile(f"^(?:{_DECIMAL})$"), list("-+
 
 def _parse(text: str, source: str) -> Any:
     try:
-        depth = 0
+        depth = values = 0
         for event in yaml.parse(text, Loader=_Loader):
             if isinstance(event, yaml.AliasEvent):
                 raise RecipeError(f"line {event.start_mark.line + 1}: aliases are not allowed; write the value out")
@@ -1013,6 +1014,9 @@ def _parse(text: str, source: str) -> Any:
                 tag = event.tag.replace("tag:yaml.org,2002:", "!!")
                 raise RecipeError(f"line {event.start_mark.line + 1}: tags such as {tag} are not allowed; write the value plainly")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            values += isinstance(event, yaml.ScalarEvent)
+            if values > MAX_RECIPE_VALUES:
+                raise RecipeError(f"line {event.start_mark.line + 1}: more than {MAX_RECIPE_VALUES} values and keys until here")
             if depth > MAX_RECIPE_DEPTH:
                 raise RecipeError(f"line {event.start_mark.line + 1}: nested more than {MAX_RECIPE_DEPTH} deep")
         return yaml.load(text, Loader=_Loader)

@@ -107,7 +107,7 @@ class UNet(
                 **given,
             )
             noises = DDPMScheduler(times, betas[0], betas[1], schedule)
-        except (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, NotImplementedError) as error:
+        except (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, NameError, NotImplementedError) as error:
             raise ValueError(f"diffusers' UNet2DModel: {error}") from None
         alphas = None if prediction == "flow" else noises.alphas_cumprod
         self.chain = Chain(unet, self.image, prediction, alphas, sampler, steps, clip, classes)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -206,6 +207,7 @@ class Prior:
                 cheap = diffusers.AutoencoderTiny.from_pretrained(tiny, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False)
                 cheap = cheap.to(device)
             prior = cls(unet.to(device), made, None if vae is None else vae.to(device), texts, cheap)
+            _check_scale(prior)
         except BadInput:
             raise
         except Exception as error:
@@ -428,6 +430,19 @@ def _check_files(folder: Path) -> None:
         check_plain(path)
         if path.name in ("config.json", "scheduler_config.json"):
             read_description(path)
+
+
+def _check_scale(prior: Prior) -> None:
+    """See that the latents' size and scale, which are not used before the first picture, are numbers.
+
+    Raises:
+        BadInput: they are not.
+    """
+    if prior.vae is not None:
+        for name in ("scaling_factor", "shift_factor"):
+            value = getattr(prior.vae.config, name, None)
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and (value or name == "shift_factor")) and value is not None:
+                raise BadInput(f"prior: its vae's config.json has {name} {value!r}; a number is expected")
 
 
 def _check_size(kind: Any, folder: Path) -> None:
