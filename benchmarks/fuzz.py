@@ -1181,7 +1181,7 @@ def _fork(kind: Kind, name: str, inputs: range, seed: int, scratch: Path, rows: 
 
 
 def _apart(work: Callable[[], object]) -> None:
-    """Do something in a child: threads that a library starts here would not be in the children that are forked later, but their locks would."""
+    """Do something in a child: of threads that were started here, children that are forked later would have nothing but the locks."""
     child = os.fork()
     if not child:
         code = 1
