@@ -650,6 +650,11 @@ class Generator(Training):
         "images: surrogate for those of the arm's own, or the name of one of surrogates",
     )
     adversarial: Adversarial | None = Field(default=None, description="a discriminator of teacher and student beside the rules")
+    perceptual: tuple[Rule, ...] = Field(
+        default=(),
+        description="which latents to compare of what the teacher's encoder infers from its own image and from the student's: a distance "
+        "between images as the teacher sees them, at two to three times an update's cost",
+    )
 
 
 class Encoder(Training):

@@ -317,7 +317,8 @@ def _objective(
             replay = arm.replay if arm.replay is not None and position == 0 else section.replay
             share = arm.share if arm.share is not None and position == 0 else section.share
             against = adversary if program == "generate" else None
-            return Distiller(teacher, student, build.rules(section.rules), program, replay, share, adversary=against)
+            seen = build.rules(section.perceptual) if isinstance(section, config.Generator) else ()
+            return Distiller(teacher, student, build.rules(section.rules), program, replay, share, adversary=against, perceptual=seen)
     infer = distill.infer or config.Encoder()
     if student.infer is None and isinstance(student.net, GAN):
         raise BadInput(f"arm {arm.title}, infer: the student has no encoder; set student.encoder: true, or infer: null")

@@ -54,9 +54,11 @@ class Distiller(nn.Module):
         share: pattern of node names at which the student gets the teacher's noise; elsewhere it draws its own.
         elbo: weight of the student's negative ELBO of the images, with program "infer".
         adversary: tells the student's images from the teacher's, with program "generate"; it is trained on the teacher's alone.
+        perceptual: with program "generate", which latents to compare of what the teacher infers from its own image and from the
+            student's, on the same noise: a distance between images as the teacher sees them, and not pixel by pixel.
 
     Raises:
-        ValueError: ``elbo`` or ``adversary`` with another program.
+        ValueError: ``elbo``, ``adversary`` or ``perceptual`` with another program; ``perceptual`` and a teacher that is not frozen.
     """
 
     def __init__(
@@ -69,8 +71,13 @@ class Distiller(nn.Module):
         share: str = "*",
         elbo: float = 0.0,
         adversary: Adversary | None = None,
+        perceptual: Sequence[Match] = (),
     ):
         super().__init__()
+        if perceptual and program != "generate":
+            raise ValueError(f"perceptual goes with program 'generate', not {program!r}: it compares images")
+        if perceptual and any(p.requires_grad for p in teacher.net.parameters()):
+            raise ValueError("perceptual needs a frozen teacher: the gradient passes through its encoder")
         if elbo and program != "infer":
             raise ValueError(f"elbo goes with program 'infer', not {program!r}: it needs images and what is inferred from them")
         if adversary is not None and program != "generate":
@@ -78,6 +85,7 @@ class Distiller(nn.Module):
         self.net, self.adversary = student.net, adversary
         self._teacher = (teacher,)
         self._student, self.rules, self.program, self.replay, self.share, self.elbo = student, tuple(rules), program, replay, share, elbo
+        self.perceptual = tuple(perceptual)
 
     def forward(self, noise: Noise, images: Tensor | None = None, n: int | None = None) -> dict[str, Tensor]:
         """Weighted losses by node, each ``(batch,)``.
@@ -99,7 +107,7 @@ class Distiller(nn.Module):
         target: Trace | None = None
         replayed: dict[str, Tensor] = {}
         compared = any(rule.weight for rule in self.rules)
-        if compared or self.adversary is not None:
+        if compared or self.adversary is not None or self.perceptual:
             with torch.no_grad():
                 given = {} if images is None or reads else self._latents(images, noise)
                 target = run(teacher.program(self.program), *inputs(teacher), noise=drawn, n=batch, given=given, device=teacher.device)
@@ -112,10 +120,21 @@ class Distiller(nn.Module):
         losses = compare(target, found, self.rules) if target is not None and compared else {}
         if self.adversary is not None and target is not None:
             losses |= self.adversary.of_traces(target, found, (teacher, student))
+        if target is not None and self.perceptual:
+            losses |= self._perceived(target, found, noise.fold("perceptual"))
         if self.elbo:
             parts = negative_elbo(found, *inputs(student))
             losses |= {f"elbo.{name}": self.elbo * part for name, part in parts.items()}
         return losses
+
+    def _perceived(self, target: Trace, found: Trace, noise: Noise) -> dict[str, Tensor]:
+        """Divergences of what the teacher infers from both images; the gradient reaches the student through the teacher's encoder."""
+        (teacher,), student, drawn = self._teacher, self._student, DrawnOnce(noise)
+        images = teacher.images.encode(student.images.decode(found.out.dist.mean))
+        with torch.no_grad():
+            expected = run(teacher.program("infer"), target.out.dist.mean, noise=drawn)
+        parts = compare(expected, run(teacher.program("infer"), images, noise=drawn), self.perceptual)
+        return {f"perceptual.{name}": part for name, part in parts.items()}
 
     def _latents(self, images: Tensor, noise: Noise) -> dict[str, Tensor]:
         """What the teacher infers from images, by node."""
