@@ -28,6 +28,7 @@ ORDER = [
     "trace",
     "divergence",
     "model",
+    "store",
     "state",
     "config",
     "glyphs",
@@ -176,7 +177,7 @@ def test_distances_are_functions_of_arrays(name):
 
 
 def test_what_checks_recipes_imports_no_torch():
-    for name in ("errors", "ranks", "config", "state", "data", "cli", "__init__", "__main__"):
+    for name in ("errors", "ranks", "config", "state", "store", "data", "cli", "__init__", "__main__"):
         body = parsed(SOURCE / f"{name}.py").body
         at_once = ast.Module([node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
         tops = {module.split(".")[0] for module, _ in imports_of(at_once, SOURCE / f"{name}.py")}
@@ -221,7 +222,7 @@ def test_nothing_that_is_read_can_run_code():
 
 # ------------------------------------------------------------------ what is loaded, and when
 
-HEAVY = ["torch", "numpy", "matplotlib", "pydantic", "scipy", "accelerate", "PIL", "yaml", "pyarrow", "safetensors"]
+HEAVY = ["torch", "numpy", "matplotlib", "pydantic", "scipy", "accelerate", "PIL", "yaml", "pyarrow", "safetensors", "fsspec"]
 LOADED = f"import json; print(); print(json.dumps([name for name in {HEAVY} if name in sys.modules]))"
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from . import __version__
 from .errors import BadInput, Failed
 from .ranks import ALONE, Ranks, launched, together
+from .store import is_url, redacted
 from .worker import INTERRUPTED
 
 STAGES = {
@@ -44,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         if recipe:
             command.add_argument("recipe", help="a YAML file; see potstill schema")
         command.add_argument("overrides", nargs="*", metavar="a.b=value", help="values that replace the recipe's")
-        command.add_argument("--out", type=Path, metavar="DIR", help="folder of the run; by default runs/NAME")
+        command.add_argument("--out", metavar="DIR", help="folder of the run; by default runs/NAME")
         command.add_argument(
             "--import", dest="modules", action="append", default=[], metavar="MODULE", help="allow the recipe to run code of this module"
         )
@@ -74,7 +75,9 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
 
     path = DEMO if arguments.command == "demo" else arguments.recipe
     recipe = config.read(path, arguments.overrides)
-    folder = arguments.out or Path("runs") / recipe.name
+    if arguments.out and is_url(arguments.out):
+        raise BadInput("--out: a folder of this machine is expected; images go elsewhere by surrogate.store")
+    folder = Path(arguments.out) if arguments.out else Path("runs") / recipe.name
     if arguments.modules:
         sys.path.insert(0, os.getcwd())  # where an allowed module is looked for first, as python -m does
     from . import pipeline
@@ -201,7 +204,7 @@ def _terminated(once: bool) -> Iterator[None]:
 
 
 def _complain(text: str) -> None:
-    for line in text.splitlines() or [""]:
+    for line in redacted(text).splitlines() or [""]:
         # A message may quote a file: what a terminal would act on is written out.
         print("potstill:", "".join(c if c.isprintable() else repr(c)[1:-1] for c in line), file=sys.stderr)
 

@@ -138,7 +138,9 @@ class Workshop:
         if arm.real:
             return self.real_of(arm).images
         folders = self.recipe.images_of(arm, phase)
-        return np.concatenate([self.surrogate(folder) for folder in folders]) if folders else None
+        found: list[Any] = [self.surrogate(folder) for folder in folders]
+        # One alone is left where it is, which may be on the disk.
+        return np.concatenate(found) if len(found) > 1 else next(iter(found), None)
 
     def synthesis(self, folder: str, student: Model | None = None, watch: Watch | None = None) -> Synthesis:
         """What makes the surrogate of that folder.

@@ -60,6 +60,7 @@ from .noise import Noise
 from .progress import Board, LogTail
 from .ranks import ALONE, Ranks
 from .state import digest_of, fingerprint, lock, read_json, replacing, sha256, sweep, write_json, write_text
+from .store import place
 from .synthesize import surrogate
 from .synthesize.guided import Guided
 from .synthesize.inversion import Inversion, LatentInversion
@@ -69,6 +70,7 @@ from .worker import INTERRUPTED, stoppable, verdict
 STAGES = ("train", "synthesize", "distill", "evaluate", "report")
 _SECTION = {"train": "train", "synthesize": "surrogate", "distill": "distill", "evaluate": "evaluate", "report": "report"}
 METRICS_FORMAT = "potstill-metrics/1"
+_OWN = "memory://"
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,10 @@ class Run:
     def _check_synthesize(self, teacher: Model) -> None:
         """See that each surrogate can be made, by a single step of two images where the teacher is there already."""
         for folder, section in self.recipe.synthesized.items():
+            if section.store:
+                if section.store.startswith(_OWN) and self.ranks.count > 1:
+                    raise BadInput(f"{folder}.store: {_OWN} is the memory of one process, and there are {self.ranks.count}; use another")
+                place(section.store).exists()  # whether it answers is known before hours of work
             if isinstance(self.recipe.teacher, config.Trained) and not self._is_done("train"):
                 build.synthesizer(section, teacher)
                 continue
@@ -342,9 +348,10 @@ class Run:
                     n=section.n,
                     batch=section.batch,
                     shard=section.shard,
-                    identity=fingerprint(_plain({k: v for k, v in depends.items() if k != "surrogates"} | {"section": section})),
+                    identity=_identity(depends, section),
                     source=section.kind,
                     pixels=shop.teacher.images.pixels,
+                    store=section.store,
                     steps=steps,
                     progress=partial(self.board.update, folder, total=section.n, detail="images"),
                     ranks=self.ranks,
@@ -523,7 +530,8 @@ class Run:
         """
         asked = os.environ.get("OMP_NUM_THREADS", "")
         threads_given = self.recipe.compute.threads or (int(asked) if asked.isdecimal() and int(asked) else None)
-        if self.shop.device.type != "cpu" or "RANK" in os.environ:
+        own = any(section.store and section.store.startswith(_OWN) for section in self.recipe.synthesized.values())
+        if self.shop.device.type != "cpu" or "RANK" in os.environ or own:
             return 1, threads_given
         most = max(1, min(len(jobs(self.recipe)), self.recipe.compute.workers or build.cores()))
         return max(1, min(most, todo)), threads_given or max(1, build.cores() // most)
@@ -812,6 +820,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _identity(depends: dict[str, Any], section: config.Surrogate) -> str:
+    """Fingerprint of all that the images of a surrogate depend on, which is not where they are kept."""
+    whole = _plain({k: v for k, v in depends.items() if k != "surrogates"} | {"section": section})
+    for part in (whole["surrogate"], whole["section"]):
+        if part is not None:
+            part.pop("store", None)
+    return fingerprint(whole)
 
 
 def _differences(before: Any, now: Any, path: str = "") -> list[str]:
