@@ -867,6 +867,14 @@ class Compute(Section):
     workers: Count | None = Field(default=None, description="trainings side by side; by default one per core on a CPU, one on a GPU")
     save_seconds: NotNegative = Field(default=30.0, description="between two saved states")
     log_steps: Count = 25
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        default=(), description="that are told every line of a training's log; they keep their files in the run's folder trackers"
+    )
+    divergence_patience: Count | None = Field(
+        default=1000,
+        description="updates on end that a loss may be far above its smallest, by ten times its largest size in the first 100 updates, "
+        "before the training is stopped with its last state from before; null for any number",
+    )
 
 
 class Recipe(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from .distill.augment import augmented
 from .distill.distiller import Classification, Continual, Distiller, Encoding, likelihood, reached, train_only
 from .distill.loop import Batch, Log, Phase, fit
 from .distill.pool import OnlineLinks
+from .distill.trackers import tracked
 from .divergence import total
 from .errors import BadInput, BrokenFile, Locked
 from .evaluate.cost import parameters
@@ -587,6 +588,12 @@ def _from_scratch(
     return phase
 
 
+def _tracked(
+    shop: Workshop, engine: Accelerator, title: str, counts: dict[str, int]
+) -> AbstractContextManager[Callable[[dict[str, Any]], None] | None]:
+    return tracked(engine, shop.recipe.compute.trackers, shop.folder / "trackers", shop.recipe.name, title, counts)
+
+
 def make_student(
     shop: Workshop,
     job: Job,
@@ -613,18 +620,20 @@ def make_student(
     states = States(states_of(shop.folder) / job.name)
     folder = student_folder(shop.folder, job)
     counts = updates(recipe, job.arm)
-    fit(
-        _with(student, adversary),
-        phases,
-        list(counts),
-        Noise((recipe.seed, job.seed)),
-        engine=engine,
-        states=states,
-        log=Log(folder / "log.jsonl", told),
-        save_seconds=recipe.compute.save_seconds,
-        log_steps=recipe.compute.log_steps,
-        keep_going=keep_going,
-    )
+    with _tracked(shop, engine, job.name, counts) as track:
+        fit(
+            _with(student, adversary),
+            phases,
+            list(counts),
+            Noise((recipe.seed, job.seed)),
+            engine=engine,
+            states=states,
+            log=Log(folder / "log.jsonl", told, track),
+            save_seconds=recipe.compute.save_seconds,
+            log_steps=recipe.compute.log_steps,
+            patience=recipe.compute.divergence_patience,
+            keep_going=keep_going,
+        )
     if engine.is_main_process:
         done = {"identity": identity, "updates": counts, "seed": job.seed}
         save_network(student, folder, student_card(recipe, job, counts, parameters(student.net), parameters(shop.teacher.net)))
@@ -688,20 +697,22 @@ def make_teacher(
     model.net.to(shop.device)
     adversary = build.adversary(section.discriminator, model, recipe.seed) if trained_adversarially(model) else None
     states = States(shop.folder / "state" / "train")
-    fit(
-        _with(model, adversary),
-        _from_scratch(
-            shop, model, adversary, section, "train", isinstance(section.model, config.CLASSIFIERS), shop.real.train.of(section.labels)
-        ),
-        ["train"],
-        Noise((recipe.seed, "train")),
-        engine=engine,
-        states=states,
-        log=Log(shop.folder / "train" / "log.jsonl", told),
-        save_seconds=recipe.compute.save_seconds,
-        log_steps=recipe.compute.log_steps,
-        keep_going=keep_going,
-    )
+    with _tracked(shop, engine, "train", {"train": section.steps}) as track:
+        fit(
+            _with(model, adversary),
+            _from_scratch(
+                shop, model, adversary, section, "train", isinstance(section.model, config.CLASSIFIERS), shop.real.train.of(section.labels)
+            ),
+            ["train"],
+            Noise((recipe.seed, "train")),
+            engine=engine,
+            states=states,
+            log=Log(shop.folder / "train" / "log.jsonl", told, track),
+            save_seconds=recipe.compute.save_seconds,
+            log_steps=recipe.compute.log_steps,
+            patience=recipe.compute.divergence_patience,
+            keep_going=keep_going,
+        )
     if engine.is_main_process:
         save_network(model, shop.folder / "teacher", teacher_card(recipe, shop.real.name, parameters(model.net)))
     return model
@@ -752,18 +763,21 @@ def make_prior(
 
         return Phase(name, Denoising(net, section.dropout), loss, learns, section, len(split.images))
 
-    fit(
-        net,
-        phase,
-        ["autoencoder", "denoiser"],
-        Noise((recipe.seed, "train")),
-        engine=engine,
-        states=States(shop.folder / "state" / "train"),
-        log=Log(shop.folder / "train" / "log.jsonl", told),
-        save_seconds=recipe.compute.save_seconds,
-        log_steps=recipe.compute.log_steps,
-        keep_going=keep_going,
-    )
+    counts = {"autoencoder": section.autoencoder.steps, "denoiser": section.steps}
+    with _tracked(shop, engine, "train", counts) as track:
+        fit(
+            net,
+            phase,
+            list(counts),
+            Noise((recipe.seed, "train")),
+            engine=engine,
+            states=States(shop.folder / "state" / "train"),
+            log=Log(shop.folder / "train" / "log.jsonl", told, track),
+            save_seconds=recipe.compute.save_seconds,
+            log_steps=recipe.compute.log_steps,
+            patience=recipe.compute.divergence_patience,
+            keep_going=keep_going,
+        )
     if engine.is_main_process:
         folder = shop.folder / "teacher"
         folder.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ import torch
 
 from . import __version__, build, config, inventory
 from .data import Dataset, Kept, Split, floats
+from .distill import trackers
 from .distill.loop import accelerator, threads
 from .energy.statistics import FILE as ACTIVATIONS
 from .energy.view import Look
@@ -119,6 +120,8 @@ class Run:
         self.check_folder()
         build.allow(self.allowed)
         _ = self.shop.device
+        if {"train", "distill"} & set(stages):
+            trackers.check(self.recipe.compute.trackers)
         if "train" in stages:
             self._check_train()
         if set(stages) & {"synthesize", "distill", "evaluate"}:
