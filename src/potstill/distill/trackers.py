@@ -96,6 +96,8 @@ def _start(engine: Accelerator, names: Sequence[str], folder: Path, project: str
     for name in dict.fromkeys(names):
         try:
             engine.trackers, engine.log_with = [], filter_trackers([name], str(folder))
+            if not engine.log_with:
+                raise ImportError(f"accelerate finds no {name} that it can use")
             # One knows projects, the other folders by the name of what is in them.
             engine.init_trackers(project if name == "wandb" else title, init_kwargs={"wandb": record} if name == "wandb" else {})
         except Exception as error:
