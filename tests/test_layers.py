@@ -186,7 +186,12 @@ def test_what_checks_recipes_imports_no_torch():
 
 @pytest.mark.parametrize(
     ("package", "allowed"),
-    [("diffusers", {"families.diffusion", "synthesize.prior"}), ("accelerate", {"distill.loop", "distill.trackers"}), ("pickle", set()), ("dill", set())],
+    [
+        ("diffusers", {"families.diffusion", "synthesize.prior"}),
+        ("accelerate", {"distill.loop", "distill.trackers"}),
+        ("pickle", set()),
+        ("dill", set()),
+    ],
 )
 def test_where_a_package_may_be_imported(package, allowed):
     assert {name_of(file) for file in FILES if package in {n.split(".")[0] for n in imports(file, with_types=False)}} <= allowed

@@ -886,6 +886,7 @@ def execute(
     allowed: tuple[str, ...] = (),
     quiet: bool = False,
     ranks: Ranks = ALONE,
+    log_json: bool = False,
 ) -> None:
     """Run stages of a recipe in a folder; all that the recipe has, by default. Of several processes, all make this call.
 
@@ -896,7 +897,7 @@ def execute(
     chosen = stages or tuple(s for s in STAGES if (recipe.synthesized if s == "synthesize" else getattr(recipe, _SECTION[s])))
     if not chosen:
         raise BadInput(f"{recipe.name}: the recipe has no stage in it: {', '.join(_SECTION.values())}")
-    with Board(quiet) as board, build.memory_watched():
+    with Board(quiet, log_json) as board, build.memory_watched():
         run = Run(recipe, folder, allowed, board, ranks)
         run.check(chosen)
         ranks.wait()
