@@ -572,7 +572,7 @@ def test_a_training_that_diverges_stops_with_its_last_good_state(engine, tmp_pat
     assert state["step"] == 6
     assert state["net"]["weight"].item() < 1
     seen = []
-    with pytest.raises(BadInput, match="diverged: 1e\\+04 at update 27"):  # again, from the good state
+    with pytest.raises(BadInput, match=r"diverged: 1e\+04 at update 27"):  # again, from the good state
         run_away(tmp_path, engine, monkeypatch, seen=seen)
     assert seen[0] == 6
     assert run_away(tmp_path, engine, monkeypatch, patience=None).weight.item() > 1e3
@@ -591,5 +591,5 @@ def test_what_a_training_knows_of_its_loss_outlives_an_interruption(engine, tmp_
     with pytest.raises(KeyboardInterrupt):
         run_away(tmp_path, engine, monkeypatch, keep_going=keep_going)
     assert States(tmp_path / "state").load()[0]["step"] == 6
-    with pytest.raises(BadInput, match="diverged: 1e\\+04 at update 27, after 0.995"):
+    with pytest.raises(BadInput, match=r"diverged: 1e\+04 at update 27, after 0.995"):
         run_away(tmp_path, engine, monkeypatch)

@@ -1,6 +1,7 @@
 """What the terminal shows while something runs."""
 
 import json
+import re
 import subprocess
 import sys
 from datetime import datetime
@@ -108,7 +109,7 @@ def test_a_command_that_logs_json_says_all_in_json(place, capsys):
     out, err = capsys.readouterr()
     assert "student_data_free" in out  # the table is no progress
     events = [json.loads(line) for line in err.splitlines()]
-    assert [e["text"] for e in events if e["event"] == "say"][0] == "synthesize"
+    assert next(e["text"] for e in events if e["event"] == "say") == "synthesize"
     tasks = {e["task"]: e for e in events if e["event"] == "progress"}
     assert {"surrogate", "student_data_free/seed-0 generate", "student_data_free/seed-0 infer", "evaluate"} <= tasks.keys()
     assert (tasks["surrogate"]["done"], tasks["surrogate"]["total"]) == (16, 16)
@@ -144,3 +145,27 @@ def test_bars_on_a_terminal(capsys, monkeypatch):
             board.training("a/seed-0", entry(step))
         board.update("synthesize", 3, 8, "images")
     assert "synthesize" in capsys.readouterr().err
+
+
+def test_every_stage_says_how_much_memory_it_takes(place, capsys, monkeypatch):
+    monkeypatch.setattr("potstill.pipeline.memory", lambda: 5 << 30)
+    train = {"model": {"kind": "vae", "image": [1, 8, 8], "width": 4, "latent": 2}, "steps": 3, "batch": 8, "warmup": 0}
+    sections = {"train": train, "teacher": {"kind": "trained"}}
+    assert main(["run", str(place.write(**sections)), "--out", str(place.out)]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    at = [i for i, line in enumerate(lines) if re.fullmatch(r"  (surrogate: )?about 5\.0 GiB of memory", line)]
+    before = [next(line for line in reversed(lines[:i]) if not line.startswith(" ")) for i in at]
+    assert before == ["train", "synthesize", "distill", "evaluate"]
+
+
+def test_a_batch_that_is_larger_takes_more(place):
+    from potstill import config, jobs
+    from potstill.pipeline import Run
+
+    def taken(batch):
+        recipe = config.check(place.recipe | {"distill": {"generate": {"steps": 3, "batch": batch}, "infer": None}})
+        run = Run(recipe, place.out, (), Board(quiet=True))
+        return jobs.rehearse(run.shop, run.shop.teacher)
+
+    one, two, four = taken(1000), taken(2000), taken(4000)
+    assert four - two == 2 * (two - one) > 1000 * 4 * 64  # in proportion, and at least an image each

@@ -55,8 +55,8 @@ def _parser() -> argparse.ArgumentParser:
         shown.add_argument(
             "--log-json",
             action="store_true",
-            help="progress, and what goes wrong, as one JSON object on each line of stderr: time, event (say, progress or error) and its own "
-            "keys, such as task, done, total, images_per_second, seconds_left, memory_bytes and loss; stdout stays as it is",
+            help="progress, and what goes wrong, as one JSON object on each line of stderr: time, event (say, progress or error) and keys "
+            "of its own, such as task, done, total, images_per_second, seconds_left, memory_bytes and loss; stdout stays as it is",
         )
 
     with_run("demo", "the embedded example: a digits LVAE from the zoo becomes 12 times smaller, offline", recipe=False)

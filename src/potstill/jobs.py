@@ -28,13 +28,13 @@ from .distill.pool import OnlineLinks
 from .distill.trackers import tracked
 from .divergence import total
 from .errors import BadInput, BrokenFile, Locked
-from .evaluate.cost import parameters
+from .evaluate.cost import needed, parameters
 from .families.chain import DenoisingLoss
 from .families.classifier import classes_of
 from .families.diffusion import Autoencoding, Denoising, TextToImage, UNet, chain_of
 from .families.gan import GAN
 from .families.latent import LatentDiffusion
-from .model import Model, evaluating, kept_for_gradient
+from .model import Model, evaluating, keeping, kept_for_gradient
 from .noise import Noise
 from .ranks import ALONE, Ranks
 from .state import States, digest_of, fingerprint, lock, os_error, publish, read_json, save_tensors, sha256, write_json
@@ -398,8 +398,16 @@ def _check_labels(student: Model, classes: int) -> None:
         raise BadInput(f"student: it tells {found or 'no'} labels apart, its teacher {classes}")
 
 
-def rehearse(shop: Workshop, teacher: Model) -> None:
+def _learning(net: torch.nn.Module, average: bool) -> int:
+    """Bytes of a network that learns: weights, gradients, Adam's two moments, and the average of the weights where there is one."""
+    return (5 if average else 4) * sum(p.nbytes for p in net.parameters()) + sum(b.nbytes for b in net.buffers())
+
+
+def rehearse(shop: Workshop, teacher: Model) -> int:
     """Run every phase of every arm once, on two samples and a student that is thrown away.
+
+    Returns:
+        about how many bytes a training needs, beside those of its teacher and its images.
 
     Raises:
         BadInput: a rule matches nothing, a program fails, teacher and student do not fit together.
@@ -430,6 +438,7 @@ def rehearse(shop: Workshop, teacher: Model) -> None:
             return DenoisingLoss(student.net, chain)(noise, gray, labels)
         return likelihood(student)(noise, gray) if classes is None else Classification(student)(noise, gray, labels)
 
+    most = 0
     for arm in shop.recipe.arms:
         student = shop.student_of(teacher, 0, arm.chain)
         if arm.kind == "scratch" and arm.surrogate and classes is not None:
@@ -440,25 +449,27 @@ def rehearse(shop: Workshop, teacher: Model) -> None:
             if plain == "generate" and distill.generate:
                 check_unrolled(student, distill.generate.batch)
             try:
-                if name == "scratch":
-                    losses, learns = scratch(arm, student, adversary), {n for n, _ in student.net.named_parameters()}
-                elif name == "continual":
-                    losses, learns = (
-                        _continual(distill.continual, teacher, student)(noise, gray),
-                        {n for n, _ in student.net.named_parameters()},
-                    )
-                elif plain == "link" and (pool := _pool(shop.recipe, arm, teacher, student, 0, 2)):
-                    losses, learns = pool(noise, torch.arange(2)), _learns(distill, arm, student, plain)
-                else:
-                    images = gray if arm.kind != "data_free" or shop.recipe.images_of(arm, plain) else None
-                    if plain == "generate" and images is not None and teacher.infer is None:
-                        raise BadInput(
-                            f"arm {arm.title}, generate: begins with images, but the teacher, a {type(teacher.net).__name__}, does not "
-                            "infer the noise behind them; use data_free arms that start from noise"
+                with keeping() as kept:
+                    if name == "scratch":
+                        losses, learns = scratch(arm, student, adversary), {n for n, _ in student.net.named_parameters()}
+                    elif name == "continual":
+                        losses, learns = (
+                            _continual(distill.continual, teacher, student)(noise, gray),
+                            {n for n, _ in student.net.named_parameters()},
                         )
-                    losses = _objective(distill, arm, plain, teacher, student, adversary)(noise, images, 2)
-                    learns = _learns(distill, arm, student, plain)
+                    elif plain == "link" and (pool := _pool(shop.recipe, arm, teacher, student, 0, 2)):
+                        losses, learns = pool(noise, torch.arange(2)), _learns(distill, arm, student, plain)
+                    else:
+                        images = gray if arm.kind != "data_free" or shop.recipe.images_of(arm, plain) else None
+                        if plain == "generate" and images is not None and teacher.infer is None:
+                            raise BadInput(
+                                f"arm {arm.title}, generate: begins with images, but the teacher, a {type(teacher.net).__name__}, does not "
+                                "infer the noise behind them; use data_free arms that start from noise"
+                            )
+                        losses = _objective(distill, arm, plain, teacher, student, adversary)(noise, images, 2)
+                        learns = _learns(distill, arm, student, plain)
                 shape = tuple(total(losses).shape) if losses else None
+                held = sum(kept.values()) // 2
             except BadInput:
                 raise
             except Exception as error:
@@ -469,6 +480,30 @@ def rehearse(shop: Workshop, teacher: Model) -> None:
             if not learns:
                 own = " of its own" if _plain_name(name) == "infer" else ""
                 raise BadInput(f"arm {arm.title}, {name}: the student's {name} program has no parameters{own} to train")
+            section = getattr(distill, plain)
+            most = max(most, held * section.batch + _learning(_with(student, adversary), bool(section.ema)))
+    return most
+
+
+def memory_of_train(shop: Workshop) -> int | None:
+    """About how many bytes the training of the recipe's ``train`` section needs beside its images, or ``None`` where that is not known."""
+    section = shop.recipe.train
+    if section is None or isinstance(section.model, config.TextToImageNet):
+        return None
+    described = section.model
+    try:
+        model: Model = build.born(0, "stand-in", lambda: build.network(described)).model()
+        model.net.to(shop.device)
+        adversary = build.adversary(section.discriminator, model, 0) if trained_adversarially(model) else None
+        classifies = isinstance(section.model, config.CLASSIFIERS)
+        phase = _from_scratch(shop, model, adversary, section, "train", classifies, shop.real.train)("train")
+        with needed() as held:
+            losses = phase.loss(phase.objective, Batch(Noise((0, "memory")).at(range(2)), torch.arange(2), 2, 0))
+            whole = held() // 2 * min(section.batch, len(shop.real.train.images)) + _learning(_with(model, adversary), bool(section.ema))
+    except Exception:  # it is an estimate: what is wrong is for the training to say
+        return None
+    del losses
+    return whole
 
 
 def _check_continual(teacher: Model) -> None:

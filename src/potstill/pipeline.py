@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,7 +30,7 @@ from .energy.statistics import FILE as ACTIVATIONS
 from .energy.view import Look
 from .errors import BadInput, BrokenFile, Failed, Refused
 from .evaluate.arms import accuracy, cost, energies, over_seeds, quality, reconstructions, samples, shares
-from .evaluate.cost import file_mib, parameters, size_mib
+from .evaluate.cost import file_mib, needed, parameters, size_mib
 from .evaluate.features import pixels
 from .evaluate.frechet import frechet
 from .evaluate.sketch import Sketch
@@ -48,6 +48,7 @@ from .jobs import (
     make_prior,
     make_students,
     make_teacher,
+    memory_of_train,
     rehearse,
     save_network,
     states_of,
@@ -58,7 +59,7 @@ from .jobs import (
 )
 from .model import Model
 from .noise import Noise
-from .progress import Board, LogTail
+from .progress import Board, LogTail, gib, memory
 from .ranks import ALONE, Ranks
 from .state import digest_of, fingerprint, lock, read_json, replacing, sha256, sweep, write_json, write_text
 from .store import place
@@ -66,6 +67,7 @@ from .synthesize import surrogate
 from .synthesize.guided import Guided
 from .synthesize.inversion import Inversion, LatentInversion
 from .synthesize.synthesis import Synthesis
+from .trace import run as traced
 from .worker import INTERRUPTED, stoppable, verdict
 
 STAGES = ("train", "synthesize", "distill", "evaluate", "report")
@@ -91,6 +93,7 @@ class Run:
     allowed: tuple[str, ...]
     board: Board
     ranks: Ranks = ALONE
+    _needs: dict[str, int] = field(default_factory=dict, init=False, repr=False)  # bytes, as far as rehearsals have found out
 
     @cached_property
     def shop(self) -> Workshop:
@@ -135,7 +138,7 @@ class Run:
                 if "synthesize" not in stages and not all((self.folder / f / "manifest.json").exists() for f in self._images_needed):
                     raise BadInput("distill: no surrogate yet; run the synthesize stage first")
                 if not self._is_done("distill"):
-                    rehearse(self.shop, teacher)
+                    self._needs["distill"] = rehearse(self.shop, teacher)
             if "evaluate" in stages:
                 if "distill" not in stages and not all(is_done(self.folder, job) for job in jobs(self.recipe)):
                     raise BadInput("evaluate: not every student is trained yet; run the distill stage first")
@@ -223,15 +226,23 @@ class Run:
             if isinstance(self.recipe.teacher, config.Trained) and not self._is_done("train"):
                 build.synthesizer(section, teacher)
                 continue
-            synthesis = self.shop.synthesis(folder)
-            if isinstance(synthesis.synthesizer, (Guided, Inversion, LatentInversion)):
-                synthesis = replace(synthesis, synthesizer=replace(synthesis.synthesizer, steps=1))
-            try:
+            self._rehearse_synthesis(folder)
+
+    def _rehearse_synthesis(self, folder: str) -> None:
+        synthesis, section = self.shop.synthesis(folder), self.recipe.synthesized[folder]
+        if isinstance(synthesis.synthesizer, (Guided, Inversion, LatentInversion)):
+            synthesis = replace(synthesis, synthesizer=replace(synthesis.synthesizer, steps=1))
+        try:
+            with needed() as held:
                 synthesis(range(2), Noise((self.recipe.seed, folder, "rehearsal")))
-            except (BadInput, MemoryError, torch.OutOfMemoryError):
-                raise
-            except Exception as error:
-                raise BadInput(f"{folder}: {build.reason(error)}") from None
+                batch = held() // 2 * min(section.batch, section.n)
+        except (BadInput, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise BadInput(f"{folder}: {build.reason(error)}") from None
+        images = self.shop.teacher.images
+        # A shard is put together in memory: pictures as png files, values as Python's numbers of 32 bytes.
+        self._needs[folder] = batch + min(section.shard, section.n) * math.prod(images.shape) * (1 if images.pixels else 32)
 
     def _check_train(self) -> None:
         section = self._section("train")
@@ -289,6 +300,8 @@ class Run:
             if not work:
                 return
             with threads(self.recipe.compute.threads), self._stoppable() as keep_going:
+                if self.ranks.first:
+                    self._say_needed(memory_of_train(self.shop))
                 engine = accelerator(str(self.shop.device))
                 model = make_teacher(self.shop, engine, keep_going=keep_going, told=partial(self.board.training, "train")).frozen()
             if not self.ranks.first:
@@ -343,7 +356,10 @@ class Run:
                 steps = surrogate.Steps()
                 synthesis = shop.synthesis(folder, watch=steps.watch)
                 if self.ranks.first:
+                    if folder not in self._needs:  # the teacher was not there yet when all was checked
+                        self._rehearse_synthesis(folder)
                     self._say_memory(folder, synthesis, min(section.batch, section.n))
+                    self._say_needed(self._needs[folder], what=f"{folder}: ")
                 surrogate.write(
                     self.folder / folder,
                     synthesis,
@@ -359,6 +375,23 @@ class Run:
                     progress=partial(self.board.update, folder, total=section.n, detail="images"),
                     ranks=self.ranks,
                 )
+
+    def _say_needed(self, beside: int | None, processes: int = 1, images: int = 0, what: str = "") -> None:
+        """One line of about how much memory a stage will take.
+
+        Args:
+            beside: bytes, beside what this process holds already; ``None`` where they are not known.
+            processes: that will hold as much each.
+            images: bytes of images, which are never on a GPU.
+            what: it is about.
+        """
+        if beside is None:
+            return
+        if self.shop.device.type == "cuda":
+            self.board.say(f"  {what}about {gib(torch.cuda.memory_allocated() + beside)} of GPU memory")
+            return
+        one = memory() + beside + images
+        self.board.say(f"  {what}about {gib(one * processes + (memory() if processes > 1 else 0))} of memory")
 
     def _say_memory(self, folder: str, synthesis: Synthesis, batch: int) -> None:
         guided = synthesis.synthesizer
@@ -410,6 +443,7 @@ class Run:
             workers, count = self._workers(len(todo))
             how = f"{workers} side by side" if self.ranks.count == 1 else f"each by {self.ranks.count} processes"
             self.board.say(f"  {len(todo)} students, {how}")
+            self._say_needed(self._needs.get("distill"), workers, self._bytes_of_surrogates())
             if workers == 1:
                 with threads(count), self._stoppable() as keep_going:
                     engine = accelerator(str(self.shop.device))
@@ -425,6 +459,12 @@ class Run:
             job = Job(first, recipe.seeds[0])
             model = self._load_student(job)
             save_network(model, self.folder / "student", student_card(recipe, job, updates(recipe, first), *self._sizes(model)))
+
+    def _bytes_of_surrogates(self) -> int:
+        """Bytes of the images that trainings hold in memory; those of a storage are on the disk."""
+        images = self.shop.teacher.images
+        here = [self.recipe.synthesized[folder] for folder in self._images_needed]
+        return sum(s.n for s in here if not s.store) * math.prod(images.shape) * (1 if images.pixels else 4)
 
     def evaluate(self) -> None:
         """Figures for the teacher and every arm, and the arrays that the report's pictures are made of."""
@@ -442,6 +482,7 @@ class Run:
         with self._stage("evaluate", depends, [self.folder / "metrics.json"]) as work:
             if not work or not self.ranks.first:
                 return
+            self._say_needed(self._memory_of_evaluate(section))
             with threads(recipe.compute.threads):
                 metrics, pictures = self._measure(section)
             with replacing(self.folder / "evaluate" / "pictures.npz") as temporary, temporary.open("wb") as file:
@@ -462,6 +503,21 @@ class Run:
                     page.write(self.folder)
                 except page.ReportError as error:
                     raise BadInput(f"report: {error}") from None
+
+    def _memory_of_evaluate(self, section: config.Evaluate) -> int:
+        teacher, test, chain = self.shop.teacher, self.shop.real.test.images, chain_of(self.shop.teacher)
+        noise, n = Noise((self.recipe.seed, "memory")), section.n or len(test)
+        x = teacher.images.encode(floats(test[:2]).to(teacher.device))
+        with needed() as held, torch.no_grad():
+            if chain is not None:  # every link is like the first
+                traced(chain.link, x, noise=noise).out.dist  # noqa: B018
+            elif teacher.generate is not None:
+                samples(teacher, 2, noise, 2)
+            if teacher.infer is not None:
+                traced(teacher.infer, x, noise=noise)
+            batch = held() // 2 * section.batch
+        # Real, generated, the teacher's and the first seed's images in float32; distances of all pairs, for the transport between them.
+        return batch + 4 * n * math.prod(teacher.images.shape) * 4 + (2 * n * n * 8 if teacher.generate is not None else 0)
 
     # -------------------------------------------------------------- their parts
 
