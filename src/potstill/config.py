@@ -19,21 +19,24 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    SerializerFunctionWrapHandler,
     Tag,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
 from .errors import RecipeError
+from .store import checked, is_url, redacted
 
 MAX_RECIPE_BYTES = 1 << 20
 MAX_RECIPE_DEPTH = 32
 
 
 def _shown(text: str) -> str:
-    """The text with what a terminal would act on written out: what is in a recipe gets into messages."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    """The text with what a terminal would act on written out, and secrets left out: what is in a recipe gets into messages."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in redacted(text))
 
 
 class Section(BaseModel):
@@ -97,6 +100,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Target = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 Text = Annotated[str, Field(min_length=1), AfterValidator(_plain)]
 Pattern = Annotated[str, AfterValidator(_plain)]
+Address = Annotated[Text, AfterValidator(checked)]
+Located = Annotated[Text, AfterValidator(lambda path: checked(path) if is_url(path) else path)]
 Arguments = Annotated[dict[str, Any], AfterValidator(_json)]
 Labels = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31), _NUMERIC], ...], Field(min_length=1)]
 
@@ -113,11 +118,11 @@ class DigitsData(Section):
 
 
 class FileData(Section):
-    """Images in a folder (png, jpg, webp, bmp), a parquet file or folder of them, or an npz file."""
+    """Images in a folder (png, jpg, webp, bmp), a parquet file or folder of them, or an npz file; here, or at an address such as s3://."""
 
     kind: Literal["folder", "parquet", "npz"]
-    path: Text
-    test_path: Text | None = Field(default=None, description="held-out images; without it a fraction is split off by the seed")
+    path: Located
+    test_path: Located | None = Field(default=None, description="held-out images; without it a fraction is split off by the seed")
     test_fraction: Annotated[float, Field(gt=0, lt=1), _NUMERIC] = 0.1
     seed: Seed = 0
     image: Text | None = Field(
@@ -145,8 +150,8 @@ class ValuesData(Section):
     """Numbers that are no pixels: a csv file with a head line and a point in each row, or an npz array of points or sequences."""
 
     kind: Literal["values"]
-    path: Text
-    test_path: Text | None = Field(default=None, description="held-out rows; without it a fraction is split off by the seed")
+    path: Located
+    test_path: Located | None = Field(default=None, description="held-out rows; without it a fraction is split off by the seed")
     test_fraction: Annotated[float, Field(gt=0, lt=1), _NUMERIC] = 0.5
     seed: Seed = 0
     array: Text | None = Field(default=None, description="npz array (n, C), (n, C, steps) or (n, C, H, W); by default the only one, or x")
@@ -529,6 +534,17 @@ class Synthesis(Section):
     classes: Annotated[tuple[Text, ...], Field(min_length=2)] | None = Field(
         default=None, description="names of the labels, in their order; each label gets as many images"
     )
+    store: Address | None = Field(
+        default=None,
+        description="where its shards are kept instead of in the run's folder, such as s3://bucket/folder (or gs, az, abfs, hf, file): an "
+        "empty folder, or one that holds the same images, which are then not made again. Credentials come from the environment",
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a store that is not there: what is hashed of a recipe stays what it was before there were any."""
+        whole: dict[str, Any] = dump(self)
+        return {k: v for k, v in whole.items() if k != "store" or v is not None}
 
     @field_validator("energy")
     @classmethod
@@ -856,6 +872,14 @@ class Compute(Section):
     workers: Count | None = Field(default=None, description="trainings side by side; by default one per core on a CPU, one on a GPU")
     save_seconds: NotNegative = Field(default=30.0, description="between two saved states")
     log_steps: Count = 25
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        default=(), description="that are told every line of a training's log; they keep their files in the run's folder trackers"
+    )
+    divergence_patience: Count | None = Field(
+        default=1000,
+        description="updates on end that a loss may be far above its smallest, by ten times its largest size in the first 100 updates, "
+        "before the training is stopped with its last state from before; null for any number",
+    )
 
 
 class Recipe(Section):
@@ -946,6 +970,9 @@ class Recipe(Section):
                     problems.append(f"arm {arm.title}: without generate and infer it has no phase")
                 if any(v is not None for v in (arm.replay, arm.share, arm.start, arm.adversarial)):
                     problems.append(f"arm {arm.title}: replay, share, start and adversarial are of the phase generate, which is null")
+        stores = [section.store for section in self.synthesized.values() if section.store]
+        if twice := [url for url, count in Counter(stores).items() if count > 1]:
+            problems.append(f"surrogates: two have the same store, {twice[0]}")
         compares = [f for f, section in self.synthesized.items() if any(term.kind == "disagreement" for term in section.energy)]
         if compares and (self.distill is None or self.distill.rounds < 2):
             problems.append(f"{compares[0]}: energy disagreement compares with the student of the round before; set distill.rounds above 1")
@@ -1094,7 +1121,9 @@ def _problem(error: Any) -> str:
     if not location and error["type"] == "value_error":
         return message  # of Recipe's own check, whose lines name their section
     found = error.get("input")
-    shown = "" if isinstance(found, (dict, list, tuple)) or error["type"] == "missing" else f" (found {_SHORT.repr(found)})"
+    # An address is not repeated: where it is wrong, it may hold a secret in a way that nobody has thought of.
+    hidden = isinstance(found, (dict, list, tuple)) or error["type"] == "missing" or (isinstance(found, str) and is_url(found))
+    shown = "" if hidden else f" (found {_SHORT.repr(found)})"
     return f"{path or 'recipe'}: {message[0].lower() + message[1:]}{shown}"
 
 

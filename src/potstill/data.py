@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import io
+import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .config import DigitsData, FileData, GlyphsData, OldFaithfulData, StrokesData, ValuesData
-from .errors import BadInput
+from .errors import BadInput, Failed
 from .noise import Noise
+from .store import Place, Remote, fetched, place
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -160,21 +163,28 @@ def _size(image: npt.NDArray[np.uint8]) -> str:
     return f"{width}x{height} {'gray' if channels == 1 else 'color'}"
 
 
-def _read_folder(path: Path, data: FileData) -> tuple[Pixels, Classes | None]:
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    images = _stack(((str(p), decode(_bytes(p), str(p), data.mode, data.size)) for p in files), str(path))
-    parents = [p.parent.relative_to(path).as_posix() for p in files]
+def _read_folder(path: Place, data: FileData) -> tuple[Pixels, Classes | None]:
+    files = [(name, p) for name, p in _below(path) if name.suffix.lower() in SUFFIXES]
+    images = _stack(((str(p), decode(_bytes(p), str(p), data.mode, data.size)) for _, p in files), str(path))
+    parents = [name.parent.as_posix() for name, _ in files]
     return images, parents if len(set(parents)) > 1 and "." not in parents else None  # one subfolder per class
 
 
-def _bytes(path: Path) -> bytes:
+def _below(path: Place) -> list[tuple[PurePosixPath, Place]]:
+    """Every file below a folder, with its path from there, in the order of their paths."""
+    if isinstance(path, Remote):
+        return [*path.find()]
+    return [(PurePosixPath(p.relative_to(path).as_posix()), p) for p in sorted(path.rglob("*")) if p.is_file()]
+
+
+def _bytes(path: Place) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _numbered(classes: list[Classes | None], paths: Sequence[Path]) -> list[Labels | None]:
+def _numbered(classes: list[Classes | None], paths: Sequence[Place]) -> list[Labels | None]:
     """Labels from the names of subfolders, which mean the same in the training and the held-out folder.
 
     A name that is a number is the label itself, so that 10 does not come before 2; others count in the order of their names.
@@ -188,21 +198,27 @@ def _numbered(classes: list[Classes | None], paths: Sequence[Path]) -> list[Labe
     return [None if found is None else np.array([known[name] for name in found], dtype=np.int64) for found in classes]
 
 
-def _read_parquet(path: Path, data: FileData) -> tuple[Pixels, Labels | None]:
+def _read_parquet(path: Place, data: FileData) -> tuple[Pixels, Labels | None]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if isinstance(path, Remote):
+        files: list[Place] = (
+            [p for name, p in path.find() if name.suffix == ".parquet" and len(name.parts) == 1] if path.is_dir() else [path]
+        )
+    else:
+        files = [*sorted(path.glob("*.parquet"))] if path.is_dir() else [path]
     if not files:
         raise BadInput(f"{path}: no parquet files in it")
     items: list[tuple[str, npt.NDArray[np.uint8]]] = []
     labels: list[Labels | None] = []
     for file in files:
         try:
-            names = pq.read_schema(file).names
-            column = _choose(names, data.image, ("image", "img", "images"), file, "image")
-            label = _choose(names, data.label, ("label", "labels"), file, "label", needed=data.label is not None)
-            table = pq.read_table(file, columns=[column, *([label] if label else [])])
+            with _here(file) as local:
+                names = pq.read_schema(local).names
+                column = _choose(names, data.image, ("image", "img", "images"), file, "image")
+                label = _choose(names, data.label, ("label", "labels"), file, "label", needed=data.label is not None)
+                table = pq.read_table(local, columns=[column, *([label] if label else [])])
             cells, values = table[column].to_pylist(), table[label].to_pylist() if label else None
         except BadInput:
             raise
@@ -219,6 +235,16 @@ def _read_parquet(path: Path, data: FileData) -> tuple[Pixels, Labels | None]:
     images = _stack(items, str(path))
     found = [part for part in labels if part is not None]
     return images, np.concatenate(found) if len(found) == len(labels) else None
+
+
+@contextmanager
+def _here(file: Place) -> Iterator[Path]:
+    """A file on this machine, for as long as the block lasts."""
+    if isinstance(file, Path):
+        yield file
+        return
+    with tempfile.TemporaryDirectory() as folder, fetched(file, Path(folder)) as local:
+        yield local
 
 
 def _first_line(error: Exception) -> str:
@@ -240,7 +266,7 @@ def _labels(values: Any, images: int, where: str) -> Labels:
     return array.astype(np.int64)
 
 
-def _choose(names: list[str], wanted: str | None, usual: tuple[str, ...], path: Path, what: str, needed: bool = True) -> str | None:
+def _choose(names: list[str], wanted: str | None, usual: tuple[str, ...], path: Place, what: str, needed: bool = True) -> str | None:
     if wanted is not None and wanted in names:
         return wanted
     found = next((n for n in usual if n in names), None) if wanted is None else None
@@ -249,14 +275,14 @@ def _choose(names: list[str], wanted: str | None, usual: tuple[str, ...], path: 
     return found
 
 
-def _read_npz(path: Path, data: FileData) -> tuple[Pixels, Labels | None]:
+def _read_npz(path: Place, data: FileData) -> tuple[Pixels, Labels | None]:
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        with _here(path) as local, local.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             names = list(archive.files)
             column = _choose(names, data.image, ("image", "images", "img", "x", "arr_0"), path, "image")
             label = _choose(names, data.label, ("label", "labels", "y"), path, "label", needed=data.label is not None)
             images, values = np.asarray(archive[column]), archive[label] if label else None
-    except BadInput:
+    except (BadInput, Failed):
         raise
     except Exception as error:  # numpy raises whatever the zip, the header or the pickle inside provokes
         raise BadInput(f"{path}: not an npz file of plain arrays ({_first_line(error)})") from None
@@ -298,7 +324,7 @@ def quantized(images: npt.NDArray[Any], where: str) -> Pixels:
     return np.round(images * 255).astype(np.uint8)
 
 
-def _read_values(path: Path, array: str | None) -> Values:
+def _read_values(path: Place, array: str | None) -> Values:
     """Points or sequences from a csv or npz file, ``(n, C, H, W)`` float32.
 
     Raises:
@@ -307,20 +333,20 @@ def _read_values(path: Path, array: str | None) -> Values:
     if path.suffix.lower() == ".csv":
         return _checked(_read_csv(path), str(path))
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        with _here(path) as local, local.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             names = list(archive.files)
             column = names[0] if array is None and len(names) == 1 else array or "x"
             if column not in names:
                 raise BadInput(f"{path}: no array {column}; it has {', '.join(names) or 'none'}. Set data.array")
             found = np.asarray(archive[column])
-    except BadInput:
+    except (BadInput, Failed):
         raise
     except Exception as error:  # numpy raises whatever the zip, the header or the pickle inside provokes
         raise BadInput(f"{path}: neither a csv file nor an npz file of plain arrays ({_first_line(error)})") from None
     return _checked(found, f"{path}: array {column}")
 
 
-def _read_csv(path: Path) -> npt.NDArray[np.float64]:
+def _read_csv(path: Place) -> npt.NDArray[np.float64]:
     content = _bytes(path)
     if len(content) > MAX_CSV_BYTES:
         raise BadInput(f"{path}: {len(content)} bytes; at most {MAX_CSV_BYTES} are read. Bring it to an npz file")
@@ -417,10 +443,10 @@ def load(data: DigitsData | GlyphsData | FileData | ValuesData | OldFaithfulData
     if isinstance(data, StrokesData):
         return _strokes(data)
     if isinstance(data, OldFaithfulData):
-        path = Path(__file__).with_name("old_faithful.csv")
+        own = Path(__file__).with_name("old_faithful.csv")
         name = f"old faithful (seed {data.seed})"
-        return _parted(name, Split(_read_values(path, None), None), str(path), data.test_fraction, data.seed)
-    paths = [Path(p).expanduser() for p in (data.path, data.test_path) if p is not None]
+        return _parted(name, Split(_read_values(own, None), None), str(own), data.test_fraction, data.seed)
+    paths = [place(p) for p in (data.path, data.test_path) if p is not None]
     for path in paths:
         if not path.exists():
             raise BadInput(f"{path}: no such file or folder")
