@@ -671,6 +671,11 @@ class Generator(Training):
         description="which latents to compare of what the teacher's encoder infers from its own image and from the student's: a distance "
         "between images as the teacher sees them, at two to three times an update's cost",
     )
+    energy: tuple[Term, ...] = Field(
+        default=(),
+        description="what the teacher says of the student's images by themselves, added to the rules, such as batchnorm: the statistics "
+        "of its training data, which its own samples may miss as well",
+    )
 
 
 class Encoder(Training):
@@ -796,6 +801,8 @@ class Arm(Section):
     start: Name | None = Field(default=None, description="of the first of the phases link and generate, where this arm's differs")
     chain: Count | None = Field(default=None, description="links of the student's chain, where it is to be shorter than the teacher's")
     adversarial: Adversarial | None = Field(default=None, description="of the phase generate, where this arm's differs")
+    perceptual: tuple[Rule, ...] | None = Field(default=None, description="of the phase generate, where this arm's differ")
+    energy: tuple[Term, ...] | None = Field(default=None, description="of the phase generate, where this arm's differ")
     surrogate: Annotated[tuple[Name, ...], Field(min_length=1), BeforeValidator(_listed)] | None = Field(
         default=None, description="one of the recipe's surrogates by name, or several put together; by default the section surrogate"
     )

@@ -27,6 +27,7 @@ from .distill.loop import Batch, Log, Phase, fit
 from .distill.pool import OnlineLinks
 from .distill.trackers import tracked
 from .divergence import total
+from .energy.view import Energy
 from .errors import BadInput, BrokenFile, Locked
 from .evaluate.cost import needed, parameters
 from .families.chain import DenoisingLoss
@@ -78,6 +79,15 @@ class Workshop:
         if (wanted == "cuda" and not torch.cuda.is_available()) or (wanted == "mps" and not torch.backends.mps.is_available()):
             raise BadInput(f"compute.device: {wanted} is not available here")
         return torch.device(wanted)
+
+    def energy_of(self, arm: config.Arm) -> Energy:
+        """What the teacher says of a student's images by themselves while an arm's generator learns."""
+        distill, of = self.recipe.distill, self.recipe.teacher
+        generate = distill.generate if distill else None
+        terms = arm.energy if arm.energy is not None else generate.energy if generate else ()
+        if not terms or of is None:
+            return Energy()
+        return build.energy(terms, self.teacher, of, self.recipe.seed, self.allowed)
 
     @cached_property
     def teacher(self) -> Model:
@@ -312,16 +322,26 @@ def _with(model: Model, adversary: Adversary | None) -> torch.nn.Module:
 
 
 def _objective(
-    distill: config.Distill, arm: config.Arm, name: str, teacher: Model, student: Model, adversary: Adversary | None
+    distill: config.Distill,
+    arm: config.Arm,
+    name: str,
+    teacher: Model,
+    student: Model,
+    adversary: Adversary | None,
+    energy: Energy = Energy(),
 ) -> Distiller | Encoding:
     """What the phase of that name trains."""
     for position, (program, section) in enumerate(distill.generators(arm)):
         if program == name:
             replay = arm.replay if arm.replay is not None and position == 0 else section.replay
             share = arm.share if arm.share is not None and position == 0 else section.share
-            against = adversary if program == "generate" else None
-            seen = build.rules(section.perceptual) if isinstance(section, config.Generator) else ()
-            return Distiller(teacher, student, build.rules(section.rules), program, replay, share, adversary=against, perceptual=seen)
+            if program != "generate":
+                return Distiller(teacher, student, build.rules(section.rules), program, replay, share)
+            given = arm.perceptual if arm.perceptual is not None else distill.generate.perceptual if distill.generate else ()
+            seen = build.rules(given)
+            return Distiller(
+                teacher, student, build.rules(section.rules), program, replay, share, adversary=adversary, perceptual=seen, energy=energy
+            )
     infer = distill.infer or config.Encoder()
     if student.infer is None and isinstance(student.net, GAN):
         raise BadInput(f"arm {arm.title}, infer: the student has no encoder; set student.encoder: true, or infer: null")
@@ -467,7 +487,7 @@ def rehearse(shop: Workshop, teacher: Model) -> int:
                                 f"arm {arm.title}, generate: begins with images, but the teacher, a {type(teacher.net).__name__}, does not "
                                 "infer the noise behind them; use data_free arms that start from noise"
                             )
-                        losses = _objective(distill, arm, plain, teacher, student, adversary)(noise, images, 2)
+                        losses = _objective(distill, arm, plain, teacher, student, adversary, shop.energy_of(arm))(noise, images, 2)
                         learns = _learns(distill, arm, student, plain)
                 shape = tuple(total(losses).shape) if losses else None
                 held = sum(kept.values()) // 2
@@ -553,7 +573,7 @@ def _distilled(
             losses: dict[str, Tensor] = module(batch.noise, load(batch) if load else None, batch.n)
             return losses
 
-        objective = _objective(distill, arm, plain, teacher, student, adversary)
+        objective = _objective(distill, arm, plain, teacher, student, adversary, shop.energy_of(arm))
         learns += _own(adversary) if plain == "generate" else []
         return Phase(name, objective, loss, learns, section, 0 if pool is None else len(pool))
 
