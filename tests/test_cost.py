@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from potstill.evaluate.cost import Latency, file_mib, latency, parameters
+from potstill.evaluate.cost import Latency, file_mib, latency, needed, parameters
 
 cost = importlib.import_module("potstill.evaluate.cost")
 
@@ -133,3 +133,21 @@ def test_file_size_in_mib(tmp_path):
         file_mib(tmp_path / "absent")
     with pytest.raises(ValueError, match="is not a file; expected the file that holds the weights"):
         file_mib(tmp_path)
+
+
+# ------------------------------------------------------------------ memory
+
+
+def test_what_is_needed_is_what_is_kept_or_what_the_largest_layer_passes_on():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.zeros(2, 4)
+    with needed() as held, torch.no_grad():
+        net(x)
+        assert held() == 4 * 2 * (8 + 8)  # of the ReLU; of the whole it is less
+    with needed() as held:
+        kept = net(x)
+        assert held() == 4 * 2 * (4 + 8 + 8)  # the input, and what each ReLU gives; a weight is kept anyhow
+    with needed() as held:
+        pass
+    assert held() == 0
+    assert kept.requires_grad

@@ -12,6 +12,8 @@ from torch.distributions import Bernoulli, Independent, Normal
 
 from potstill.distill.distiller import Classification, Distiller, Elbo, PartlyShared, likelihood, reached, train_only
 from potstill.divergence import Match, mse, negative_elbo, total, wasserstein2
+from potstill.energy.statistics import batchnorm
+from potstill.energy.view import Look
 from potstill.families.classifier import Classifier
 from potstill.families.lvae import LVAE
 from potstill.families.vae import VAE
@@ -283,6 +285,46 @@ def test_the_students_own_elbo_is_added_with_its_weight():
 def test_an_elbo_without_inference_is_refused(program):
     with pytest.raises(ValueError, match=f"elbo goes with program 'infer', not '{program}'"):
         Distiller(frozen_lvae(), lvae(), program=program, elbo=1.0)
+
+
+def test_images_are_compared_as_the_teacher_sees_them():
+    teacher, student, rules = frozen_lvae(), lvae(4, seed=1), (Match("z*", wasserstein2, 0.5),)
+    noise = Noise((3,)).at(range(6))
+    losses = Distiller(teacher, student, (Match(weight=0.0),), perceptual=rules)(noise, n=6)
+    assert set(losses) == {"perceptual.z1", "perceptual.z2", "perceptual.z3"}
+    pictures = [model.images.decode(run(model.program("generate"), noise=noise, n=6).out.dist.mean) for model in (teacher, student)]
+    seen = [run(teacher.program("infer"), teacher.images.encode(x), noise=noise.fold("perceptual")) for x in pictures]
+    for name in ("z1", "z2", "z3"):
+        expected = 0.5 * wasserstein2(seen[0][name].dist, seen[1][name].dist)
+        assert torch.allclose(losses[f"perceptual.{name}"], expected, rtol=1e-5)
+    assert total(losses).max() > 0
+    total(losses).mean().backward()
+    assert all(p.grad is None for p in teacher.net.parameters())
+    assert any(p.grad is not None and p.grad.any() for p in student.net.parameters())
+    same = Distiller(teacher, copied(teacher), (Match(weight=0.0),), perceptual=rules).eval()(noise, n=6)
+    assert total(same).abs().max() < 1e-6
+
+
+def test_the_teacher_is_asked_about_the_students_images_by_themselves():
+    teacher, student, noise = frozen_lvae(), lvae(4, seed=1), Noise((3,)).at(range(6))
+    losses = Distiller(teacher, student, energy=0.5 * batchnorm)(noise, n=6)
+    x = student.images.decode(run(student.program("generate"), noise=noise, n=6).out.dist.mean)
+    expected = 0.5 * batchnorm(Look(teacher, noise=noise.fold("energy"))(x))
+    assert torch.allclose(losses["energy.batchnorm"], expected.expand(6), rtol=1e-5)
+    losses["energy.batchnorm"].mean().backward()
+    assert any(p.grad is not None and p.grad.any() for p in student.net.parameters())
+    assert all(p.grad is None for p in teacher.net.parameters())
+
+
+def test_what_a_teacher_sees_needs_images_and_a_teacher_that_is_frozen():
+    with pytest.raises(ValueError, match="program 'generate'"):
+        Distiller(frozen_lvae(), lvae(), program="infer", perceptual=(Match("z*"),))
+    with pytest.raises(ValueError, match="frozen"):
+        Distiller(lvae(), lvae(), perceptual=(Match("z*"),))
+    with pytest.raises(ValueError, match="program 'generate'"):
+        Distiller(frozen_lvae(), lvae(), program="infer", energy=batchnorm)
+    with pytest.raises(ValueError, match="frozen"):
+        Distiller(lvae(), lvae(), energy=batchnorm)
 
 
 def test_a_teacher_that_nothing_is_compared_to_is_not_run():

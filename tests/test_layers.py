@@ -28,6 +28,7 @@ ORDER = [
     "trace",
     "divergence",
     "model",
+    "store",
     "state",
     "config",
     "glyphs",
@@ -176,7 +177,7 @@ def test_distances_are_functions_of_arrays(name):
 
 
 def test_what_checks_recipes_imports_no_torch():
-    for name in ("errors", "ranks", "config", "state", "data", "cli", "__init__", "__main__"):
+    for name in ("errors", "ranks", "config", "state", "store", "data", "cli", "__init__", "__main__"):
         body = parsed(SOURCE / f"{name}.py").body
         at_once = ast.Module([node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
         tops = {module.split(".")[0] for module, _ in imports_of(at_once, SOURCE / f"{name}.py")}
@@ -185,7 +186,12 @@ def test_what_checks_recipes_imports_no_torch():
 
 @pytest.mark.parametrize(
     ("package", "allowed"),
-    [("diffusers", {"families.diffusion", "synthesize.prior"}), ("accelerate", {"distill.loop"}), ("pickle", set()), ("dill", set())],
+    [
+        ("diffusers", {"families.diffusion", "synthesize.prior"}),
+        ("accelerate", {"distill.loop", "distill.trackers"}),
+        ("pickle", set()),
+        ("dill", set()),
+    ],
 )
 def test_where_a_package_may_be_imported(package, allowed):
     assert {name_of(file) for file in FILES if package in {n.split(".")[0] for n in imports(file, with_types=False)}} <= allowed
@@ -221,7 +227,7 @@ def test_nothing_that_is_read_can_run_code():
 
 # ------------------------------------------------------------------ what is loaded, and when
 
-HEAVY = ["torch", "numpy", "matplotlib", "pydantic", "scipy", "accelerate", "PIL", "yaml", "pyarrow", "safetensors"]
+HEAVY = ["torch", "numpy", "matplotlib", "pydantic", "scipy", "accelerate", "PIL", "yaml", "pyarrow", "safetensors", "fsspec"]
 LOADED = f"import json; print(); print(json.dumps([name for name in {HEAVY} if name in sys.modules]))"
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from potstill.config import Training
 from potstill.distill.distiller import train_only
-from potstill.distill.loop import Average, Log, Phase, Shuffled, accelerator, fit, learning_rate, rows_of, threads
+from potstill.distill.loop import Average, Log, Phase, Shuffled, Watch, accelerator, fit, learning_rate, rows_of, threads
 from potstill.errors import BadInput, BrokenFile
 from potstill.noise import Noise
 from potstill.state import States, read_tensors
@@ -509,3 +509,87 @@ def test_threads_are_put_back():
     assert torch.get_num_threads() == before
     with threads(None):
         assert torch.get_num_threads() == before
+
+
+# ------------------------------------------------------------------ a loss that runs away
+
+
+def watched(values, patience=1000, every=25):
+    """The update at which a loss of those values is said to have diverged, if it is."""
+    watch = Watch(patience)
+    for i, value in enumerate(values):
+        watch.add(every * i + 1, {"a": value})
+        if watch.verdict(every * i + 1, {"a": value}):
+            return every * i + 1
+    return None
+
+
+def test_a_loss_that_runs_away_is_told_from_one_that_does_not():
+    falling = [100 / (i + 1) for i in range(20)]
+    assert watched(falling + [2000.0] * 80) == 20 * 25 + 1 + 1000
+    assert watched(falling + [2000.0] * 80, patience=None) is None
+    assert watched(falling + [2000.0] * 40) is None  # not for long
+    assert watched(falling + [2000.0] * 39 + [900.0] + [2000.0] * 39) is None  # it comes back
+    assert watched(falling + [900.0] * 200) is None  # not far
+    assert watched([0.0, 50.0, 40.0, 60.0] + [55.0] * 200) is None  # a student that starts with its teacher's weights
+    assert watched([-v for v in falling] + [2000.0] * 80) is not None
+    assert watched([float(2**i) for i in range(100)], patience=100) is not None
+    assert watched([5.0] + [60.0] * 50, every=500) == 501 + 1000  # few lines: the first is the beginning
+
+
+def diverging(net, seen=None, at=6):
+    """A phase whose weight, and with it one of two losses, jumps at an update, and whose gradient leaves it there."""
+
+    def loss(module, batch):
+        if seen is not None:
+            seen.append(batch.step)
+        if batch.step == at:
+            net.weight.data.fill_(1e4)
+        own = net.weight.sum().expand(4)
+        return {"good": 0 * own + 1.0, "bad": own - own.detach() + net.weight.detach().abs().sum()}
+
+    return lambda name: Phase(name, net, loss, [net.weight], Training(steps=60, batch=4, lr=1e-3, warmup=0, decay="constant"))
+
+
+def run_away(folder, engine, monkeypatch, **arguments):
+    monkeypatch.setattr("potstill.distill.loop.FIRST_UPDATES", 3)
+    net = nn.Linear(1, 1, bias=False)
+    net.weight.data.fill_(1.0)
+    arguments = {"save_seconds": 0, "log_steps": 1, "patience": 20} | arguments
+    make = diverging(net, arguments.pop("seen", None))
+    fit(net, make, ["p"], Noise(), engine=engine, states=States(folder / "state"), log=Log(folder / "log.jsonl"), **arguments)
+    return net
+
+
+def test_a_training_that_diverges_stops_with_its_last_good_state(engine, tmp_path, monkeypatch):
+    with pytest.raises(BadInput) as found:
+        run_away(tmp_path, engine, monkeypatch)
+    said = str(found.value)
+    assert said.startswith("p: the loss of bad has diverged: 1e+04 at update 27, after 0.995; the whole has been more than 10 times")
+    assert "for 20 updates; lower lr (now 0.001)" in said
+    assert said.endswith("or go on with compute.divergence_patience=null")
+    state, _ = States(tmp_path / "state").load()
+    assert state["step"] == 6
+    assert state["net"]["weight"].item() < 1
+    seen = []
+    with pytest.raises(BadInput, match=r"diverged: 1e\+04 at update 27"):  # again, from the good state
+        run_away(tmp_path, engine, monkeypatch, seen=seen)
+    assert seen[0] == 6
+    assert run_away(tmp_path, engine, monkeypatch, patience=None).weight.item() > 1e3
+
+
+def test_what_a_training_knows_of_its_loss_outlives_an_interruption(engine, tmp_path, monkeypatch):
+    left = [5]
+
+    def keep_going():
+        left[0] -= 1
+        return left[0] >= 0
+
+    with pytest.raises(KeyboardInterrupt):
+        run_away(tmp_path, engine, monkeypatch, keep_going=keep_going)
+    left[0] = 12  # it stops while the loss is far, and does not save that
+    with pytest.raises(KeyboardInterrupt):
+        run_away(tmp_path, engine, monkeypatch, keep_going=keep_going)
+    assert States(tmp_path / "state").load()[0]["step"] == 6
+    with pytest.raises(BadInput, match=r"diverged: 1e\+04 at update 27, after 0.995"):
+        run_away(tmp_path, engine, monkeypatch)

@@ -12,12 +12,14 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import __version__
 from .errors import BadInput, Failed, shown
 from .ranks import ALONE, Ranks, launched, together
+from .store import is_url, redacted
 from .worker import INTERRUPTED
 
 STAGES = {
@@ -44,11 +46,18 @@ def _parser() -> argparse.ArgumentParser:
         if recipe:
             command.add_argument("recipe", help="a YAML file; see potstill schema")
         command.add_argument("overrides", nargs="*", metavar="a.b=value", help="values that replace the recipe's")
-        command.add_argument("--out", type=Path, metavar="DIR", help="folder of the run; by default runs/NAME")
+        command.add_argument("--out", metavar="DIR", help="folder of the run; by default runs/NAME")
         command.add_argument(
             "--import", dest="modules", action="append", default=[], metavar="MODULE", help="allow the recipe to run code of this module"
         )
-        command.add_argument("--quiet", action="store_true", help="show no progress")
+        shown = command.add_mutually_exclusive_group()
+        shown.add_argument("--quiet", action="store_true", help="show no progress")
+        shown.add_argument(
+            "--log-json",
+            action="store_true",
+            help="progress, and what goes wrong, as one JSON object on each line of stderr: time, event (say, progress or error) and keys "
+            "of its own, such as task, done, total, images_per_second, seconds_left, memory_bytes and loss; stdout stays as it is",
+        )
 
     with_run("demo", "the embedded example: a digits LVAE from the zoo becomes 12 times smaller, offline", recipe=False)
     with_run("run", "every stage that the recipe has")
@@ -74,7 +83,9 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
 
     path = DEMO if arguments.command == "demo" else arguments.recipe
     recipe = config.read(path, arguments.overrides)
-    folder = arguments.out or Path("runs") / recipe.name
+    if arguments.out and is_url(arguments.out):
+        raise BadInput("--out: a folder of this machine is expected; images go elsewhere by surrogate.store")
+    folder = Path(arguments.out) if arguments.out else Path("runs") / recipe.name
     if arguments.modules:
         sys.path.insert(0, os.getcwd())  # where an allowed module is looked for first, as python -m does
     from . import pipeline
@@ -82,7 +93,7 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from .state import read_json
 
     stages = None if arguments.command in ("demo", "run") else (arguments.command,)
-    pipeline.execute(recipe, folder, stages, tuple(arguments.modules), arguments.quiet, ranks)
+    pipeline.execute(recipe, folder, stages, tuple(arguments.modules), arguments.quiet, ranks, arguments.log_json)
     metrics = folder / "metrics.json"
     if arguments.command in ("demo", "run", "evaluate") and metrics.exists():
         found = read_json(metrics)
@@ -201,19 +212,25 @@ def _terminated(once: bool) -> Iterator[None]:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
-def _complain(text: str) -> None:
-    for line in text.splitlines() or [""]:
+def _complain(text: str, log_json: bool = False) -> None:
+    if log_json:
+        from .progress import tell  # late, for it brings rich
+
+        tell("error", text=redacted(text))
+        return
+    for line in redacted(text).splitlines() or [""]:
         print("potstill:", shown(line), file=sys.stderr)  # a message may quote a file
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     words = sys.argv[1:] if argv is None else argv
+    complain = partial(_complain, log_json=any(len(word) > 2 and "--log-json".startswith(word) for word in words))  # as argparse has it
     if launched():
-        return together(lambda ranks: _ended(words, ranks), _complain)
+        return together(lambda ranks: _ended(words, ranks), complain)
     code, text = _ended(words, ALONE)
     if text is not None:
-        _complain(text)
+        complain(text)
     return code
 
 

@@ -20,18 +20,26 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    SerializerFunctionWrapHandler,
     Tag,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
 from .errors import RecipeError, shown, without_tokens
+from .store import checked, is_url, redacted
 
 MAX_RECIPE_BYTES = 1 << 20
 MAX_RECIPE_DEPTH = 32
 MAX_RECIPE_VALUES = 10_000  # PyYAML reads that many in a second or two
 MAX_PROBLEMS = 100  # that are told at once
+
+
+def _shown(text: str) -> str:
+    """The text with what a terminal would act on written out, and secrets left out: what is in a recipe gets into messages."""
+    return shown(redacted(text))
 
 
 class Section(BaseModel):
@@ -95,6 +103,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Target = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 Text = Annotated[str, Field(min_length=1), AfterValidator(_plain)]
 Pattern = Annotated[str, AfterValidator(_plain)]
+Address = Annotated[Text, AfterValidator(checked)]
+Located = Annotated[Text, AfterValidator(lambda path: checked(path) if is_url(path) else path)]
 Arguments = Annotated[dict[str, Any], AfterValidator(_json)]
 Labels = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31), _NUMERIC], ...], Field(min_length=1)]
 
@@ -111,11 +121,11 @@ class DigitsData(Section):
 
 
 class FileData(Section):
-    """Images in a folder (png, jpg, webp, bmp), a parquet file or folder of them, or an npz file."""
+    """Images in a folder (png, jpg, webp, bmp), a parquet file or folder of them, or an npz file; here, or at an address such as s3://."""
 
     kind: Literal["folder", "parquet", "npz"]
-    path: Text
-    test_path: Text | None = Field(default=None, description="held-out images; without it a fraction is split off by the seed")
+    path: Located
+    test_path: Located | None = Field(default=None, description="held-out images; without it a fraction is split off by the seed")
     test_fraction: Annotated[float, Field(gt=0, lt=1), _NUMERIC] = 0.1
     seed: Seed = 0
     image: Text | None = Field(
@@ -143,8 +153,8 @@ class ValuesData(Section):
     """Numbers that are no pixels: a csv file with a head line and a point in each row, or an npz array of points or sequences."""
 
     kind: Literal["values"]
-    path: Text
-    test_path: Text | None = Field(default=None, description="held-out rows; without it a fraction is split off by the seed")
+    path: Located
+    test_path: Located | None = Field(default=None, description="held-out rows; without it a fraction is split off by the seed")
     test_fraction: Annotated[float, Field(gt=0, lt=1), _NUMERIC] = 0.5
     seed: Seed = 0
     array: Text | None = Field(default=None, description="npz array (n, C), (n, C, steps) or (n, C, H, W); by default the only one, or x")
@@ -515,26 +525,44 @@ class Term(Section):
         return self
 
 
+def _distinct(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+    kinds = [t.target or t.kind for t in terms]
+    if len(set(kinds)) < len(kinds):
+        raise ValueError(f"two are the same: {', '.join(kinds)}")
+    return terms
+
+
+def _of_students_images(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+    if any(t.kind == "disagreement" for t in terms):
+        raise ValueError("disagreement compares with a student, and these are the student's own images; it is for surrogates")
+    return terms
+
+
+Terms = Annotated[tuple[Term, ...], AfterValidator(_distinct)]
+Spoken = Annotated[Terms, AfterValidator(_of_students_images)]
+
+
 class Synthesis(Section):
     """What every surrogate has."""
 
     n: Annotated[int, Field(ge=2, lt=2**31), _NUMERIC] = Field(default=4096, description="images")
     batch: Count = 256
     shard: Count = Field(default=4096, description="images in a file")
-    energy: tuple[Term, ...] = Field(
-        default=(), description="what guides the images, and is recorded of each; only recorded without guidance"
-    )
+    energy: Terms = Field(default=(), description="what guides the images, and is recorded of each; only recorded without guidance")
     classes: Annotated[tuple[Text, ...], Field(min_length=2)] | None = Field(
         default=None, description="names of the labels, in their order; each label gets as many images"
     )
+    store: Address | None = Field(
+        default=None,
+        description="where its shards are kept instead of in the run's folder, such as s3://bucket/folder (or gs, az, abfs, hf, file): an "
+        "empty folder, or one that holds the same images, which are then not made again. Credentials come from the environment",
+    )
 
-    @field_validator("energy")
-    @classmethod
-    def _distinct(cls, terms: tuple[Term, ...]) -> tuple[Term, ...]:
-        kinds = [t.target or t.kind for t in terms]
-        if len(set(kinds)) < len(kinds):
-            raise ValueError(f"two are the same: {', '.join(kinds)}")
-        return terms
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a store that is not there: what is hashed of a recipe stays what it was before there were any."""
+        whole: dict[str, Any] = dump(self)
+        return {k: v for k, v in whole.items() if k != "store" or v is not None}
 
 
 class Ancestral(Synthesis):
@@ -648,6 +676,16 @@ class Generator(Training):
         "images: surrogate for those of the arm's own, or the name of one of surrogates",
     )
     adversarial: Adversarial | None = Field(default=None, description="a discriminator of teacher and student beside the rules")
+    perceptual: tuple[Rule, ...] = Field(
+        default=(),
+        description="which latents to compare of what the teacher's encoder infers from its own image and from the student's: a distance "
+        "between images as the teacher sees them, at two to three times an update's cost",
+    )
+    energy: Spoken = Field(
+        default=(),
+        description="what the teacher says of the student's images by themselves, added to the rules, such as batchnorm: the statistics "
+        "of its training data, which its own samples may miss as well",
+    )
 
 
 class Encoder(Training):
@@ -773,6 +811,8 @@ class Arm(Section):
     start: Name | None = Field(default=None, description="of the first of the phases link and generate, where this arm's differs")
     chain: Count | None = Field(default=None, description="links of the student's chain, where it is to be shorter than the teacher's")
     adversarial: Adversarial | None = Field(default=None, description="of the phase generate, where this arm's differs")
+    perceptual: tuple[Rule, ...] | None = Field(default=None, description="of the phase generate, where this arm's differ")
+    energy: Spoken | None = Field(default=None, description="of the phase generate, where this arm's differ")
     surrogate: Annotated[tuple[Name, ...], Field(min_length=1), BeforeValidator(_listed)] | None = Field(
         default=None, description="one of the recipe's surrogates by name, or several put together; by default the section surrogate"
     )
@@ -802,8 +842,9 @@ class Arm(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Arm:
-        if not self.distilled and (self.replay is not None or self.share is not None or self.adversarial is not None):
-            raise ValueError(f"replay, share and adversarial are of distilled arms; a {self.kind} arm has one phase of its own")
+        own = [k for k in ("replay", "share", "adversarial", "perceptual", "energy") if getattr(self, k) is not None]
+        if own and not self.distilled:
+            raise ValueError(f"{own[0]} is of distilled arms; a {self.kind} arm has one phase of its own")
         if self.labels is not None and not self.real:
             raise ValueError("labels are of arms with real images")
         if self.kind != "data_free" and (self.start is not None or (self.surrogate is not None and self.kind != "scratch")):
@@ -849,6 +890,14 @@ class Compute(Section):
     workers: Count | None = Field(default=None, description="trainings side by side; by default one per core on a CPU, one on a GPU")
     save_seconds: NotNegative = Field(default=30.0, description="between two saved states")
     log_steps: Count = 25
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        default=(), description="that are told every line of a training's log; they keep their files in the run's folder trackers"
+    )
+    divergence_patience: Count | None = Field(
+        default=1000,
+        description="updates on end that a loss may be far above its smallest, by ten times its largest size in the first 100 updates, "
+        "before the training is stopped with its last state from before; null for any number",
+    )
 
 
 class Recipe(Section):
@@ -939,6 +988,9 @@ class Recipe(Section):
                     problems.append(f"arm {arm.title}: without generate and infer it has no phase")
                 if any(v is not None for v in (arm.replay, arm.share, arm.start, arm.adversarial)):
                     problems.append(f"arm {arm.title}: replay, share, start and adversarial are of the phase generate, which is null")
+        stores = [section.store for section in self.synthesized.values() if section.store]
+        if twice := [url for url, count in Counter(stores).items() if count > 1]:
+            problems.append(f"surrogates: two have the same store, {twice[0]}")
         compares = [f for f, section in self.synthesized.items() if any(term.kind == "disagreement" for term in section.energy)]
         if compares and (self.distill is None or self.distill.rounds < 2):
             problems.append(f"{compares[0]}: energy disagreement compares with the student of the round before; set distill.rounds above 1")
@@ -1024,9 +1076,9 @@ def _parse(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RecipeError(shown(f"{source}: {where}not YAML: {problem}")) from None
+        raise RecipeError(_shown(f"{source}: {where}not YAML: {problem}")) from None
     except (ValueError, RecursionError) as error:
-        raise RecipeError(shown(f"{source}: {error}")) from None
+        raise RecipeError(_shown(f"{source}: {error}")) from None
 
 
 def _override(tree: dict[Any, Any], assignment: str) -> None:
@@ -1095,7 +1147,9 @@ def _problem(error: Any) -> str:
     if not location and error["type"] == "value_error":
         return message  # of Recipe's own check, whose lines name their section
     found = error.get("input")
-    shown = "" if isinstance(found, (dict, list, tuple)) or error["type"] == "missing" else f" (found {_SHORT.repr(found)})"
+    # An address is not repeated: where it is wrong, it may hold a secret in a way that nobody has thought of.
+    hidden = isinstance(found, (dict, list, tuple)) or error["type"] == "missing" or (isinstance(found, str) and is_url(found))
+    shown = "" if hidden else f" (found {_SHORT.repr(found)})"
     return f"{path or 'recipe'}: {message[0].lower() + message[1:]}{shown}"
 
 
@@ -1122,7 +1176,7 @@ def _check_secret(tree: Any, source: str = "") -> None:
     if place := _secret(tree):
         where = f"{source}: {place}" if source else place
         raise RecipeError(
-            shown(f"{where}: an access token of the Hub; what is written here gets into reports and cards: set HF_TOKEN instead")
+            _shown(f"{where}: an access token of the Hub; what is written here gets into reports and cards: set HF_TOKEN instead")
         )
 
 
@@ -1156,7 +1210,7 @@ def check(tree: Any) -> Recipe:
     except ValidationError as error:
         found = error.errors()
         lines = [*map(_problem, found[:MAX_PROBLEMS]), *([f"and {len(found) - MAX_PROBLEMS} more"] if len(found) > MAX_PROBLEMS else [])]
-        raise RecipeError(shown("\n".join(lines))) from None
+        raise RecipeError(_shown("\n".join(lines))) from None
 
 
 def read_tree(path: str | Path) -> Any:

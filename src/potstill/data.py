@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import io
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .config import DigitsData, FileData, GlyphsData, OldFaithfulData, StrokesData, ValuesData
-from .errors import BadInput
+from .errors import BadInput, Failed
 from .noise import Noise
 from .state import check_plain
+from .store import Place, Remote, fetched, place
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,6 +33,7 @@ Values = npt.NDArray[np.float32]
 Kept = Pixels | Values  # pixels, or what is no picture
 Labels = npt.NDArray[np.int64]
 Classes = list[str]
+Item = tuple[str, Pixels, int]  # what an image is called, the image, and bytes of its file that no image before it has counted
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 MAX_PIXELS = 4096 * 4096
@@ -177,11 +181,11 @@ def _pixels(image: Image, where: str, mode: str | None, size: int | None) -> npt
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
-def _stack(items: Iterable[tuple[str, npt.NDArray[np.uint8]]], source: str, packed: int) -> Pixels:
+def _stack(items: Iterable[Item], source: str) -> Pixels:
     images: list[npt.NDArray[np.uint8]] = []
-    first, unpacked = "", 0
-    for where, image in items:
-        unpacked += image.nbytes
+    first, unpacked, packed = "", 0, 0
+    for where, image, size in items:
+        unpacked, packed = unpacked + image.nbytes, packed + size
         check_unpacked(unpacked, packed, source)
         if images and image.shape != images[0].shape:
             raise BadInput(
@@ -199,16 +203,27 @@ def _size(image: npt.NDArray[np.uint8]) -> str:
     return f"{width}x{height} {'gray' if channels == 1 else 'color'}"
 
 
-def _read_folder(path: Path, data: FileData) -> tuple[Pixels, Classes | None]:
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    images = _stack(
-        ((str(p), decode(_bytes(p), str(p), data.mode, data.size)) for p in files), str(path), sum(p.stat().st_size for p in files)
-    )
-    parents = [p.parent.relative_to(path).as_posix() for p in files]
+def _read_folder(path: Place, data: FileData) -> tuple[Pixels, Classes | None]:
+    files = [(name, p) for name, p in _below(path) if name.suffix.lower() in SUFFIXES]
+
+    def decoded() -> Iterator[Item]:
+        for _, file in files:
+            content = _bytes(file)
+            yield str(file), decode(content, str(file), data.mode, data.size), len(content)
+
+    images = _stack(decoded(), str(path))
+    parents = [name.parent.as_posix() for name, _ in files]
     return images, parents if len(set(parents)) > 1 and "." not in parents else None  # one subfolder per class
 
 
-def _bytes(path: Path) -> bytes:
+def _below(path: Place) -> list[tuple[PurePosixPath, Place]]:
+    """Every file below a folder, with its path from there, in the order of their paths."""
+    if isinstance(path, Remote):
+        return [*path.find()]
+    return [(PurePosixPath(p.relative_to(path).as_posix()), p) for p in sorted(path.rglob("*")) if p.is_file()]
+
+
+def _bytes(path: Place) -> bytes:
     check_plain(path)
     try:
         return path.read_bytes()
@@ -216,7 +231,7 @@ def _bytes(path: Path) -> bytes:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _numbered(classes: list[Classes | None], paths: Sequence[Path]) -> list[Labels | None]:
+def _numbered(classes: list[Classes | None], paths: Sequence[Place]) -> list[Labels | None]:
     """Labels from the names of subfolders, which mean the same in the training and the held-out folder.
 
     A name that is a number is the label itself, so that 10 does not come before 2; others count in the order of their names.
@@ -230,33 +245,39 @@ def _numbered(classes: list[Classes | None], paths: Sequence[Path]) -> list[Labe
     return [None if found is None else np.array([known[name] for name in found], dtype=np.int64) for found in classes]
 
 
-def _read_parquet(path: Path, data: FileData) -> tuple[Pixels, Labels | None]:
+def _read_parquet(path: Place, data: FileData) -> tuple[Pixels, Labels | None]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if isinstance(path, Remote):
+        files: list[Place] = (
+            [p for name, p in path.find() if name.suffix == ".parquet" and len(name.parts) == 1] if path.is_dir() else [path]
+        )
+    else:
+        files = [*sorted(path.glob("*.parquet"))] if path.is_dir() else [path]
     if not files:
         raise BadInput(f"{path}: no parquet files in it")
     labels: list[Labels | None] = []
 
-    def decoded(file: Path) -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
+    def decoded(file: Place) -> Iterator[Item]:
         try:
             check_plain(file)
-            with pq.ParquetFile(file) as source:
+            with _here(file) as local, local.open("rb") as content, pq.ParquetFile(content) as source:
                 names = source.schema_arrow.names
                 column = _choose(names, data.image, ("image", "img", "images"), file, "image")
                 label = _choose(names, data.label, ("label", "labels"), file, "label", needed=data.label is not None)
-                check_rows(source.metadata.num_rows, file.stat().st_size, str(file))
+                packed = content.seek(0, 2)
+                check_rows(source.metadata.num_rows, packed, str(file))
                 row = 0
                 # A few at a time: a column that says one picture again and again is as large in memory as all of them.
                 for part in source.iter_batches(_DECODED, columns=[column]):
                     for cell in part.column(column).to_pylist():
                         where = f"{file}, row {row}"
-                        content = cell.get("bytes") if isinstance(cell, dict) else cell
-                        if not isinstance(content, bytes):
-                            found = type(content).__name__
+                        encoded = cell.get("bytes") if isinstance(cell, dict) else cell
+                        if not isinstance(encoded, bytes):
+                            found = type(encoded).__name__
                             raise BadInput(f"{file}: column {column!r}, row {row}: encoded image bytes are expected, found {found}")
-                        yield where, decode(content, where, data.mode, data.size)
+                        yield where, decode(encoded, where, data.mode, data.size), 0 if row else packed
                         row += 1
                 values = source.read(columns=[label])[label].to_pylist() if label else None
         except BadInput:
@@ -266,9 +287,19 @@ def _read_parquet(path: Path, data: FileData) -> tuple[Pixels, Labels | None]:
         wanted = f"{file}: column {label!r}"
         labels.append(_labels(values, row, wanted) if label and (data.label or _whole(values)) else None)
 
-    images = _stack((item for file in files for item in decoded(file)), str(path), sum(f.stat().st_size for f in files if f.is_file()))
+    images = _stack((item for file in files for item in decoded(file)), str(path))
     found = [part for part in labels if part is not None]
     return images, np.concatenate(found) if len(found) == len(labels) else None
+
+
+@contextmanager
+def _here(file: Place) -> Iterator[Path]:
+    """A file on this machine, for as long as the block lasts."""
+    if isinstance(file, Path):
+        yield file
+        return
+    with tempfile.TemporaryDirectory() as folder, fetched(file, Path(folder)) as local:
+        yield local
 
 
 def _first_line(error: Exception) -> str:
@@ -300,7 +331,7 @@ def _labels(values: Any, images: int, where: str) -> Labels:
     return array.astype(np.int64)
 
 
-def _choose(names: list[str], wanted: str | None, usual: tuple[str, ...], path: Path, what: str, needed: bool = True) -> str | None:
+def _choose(names: list[str], wanted: str | None, usual: tuple[str, ...], path: Place, what: str, needed: bool = True) -> str | None:
     if wanted is not None and wanted in names:
         return wanted
     found = next((n for n in usual if n in names), None) if wanted is None else None
@@ -309,29 +340,31 @@ def _choose(names: list[str], wanted: str | None, usual: tuple[str, ...], path: 
     return found
 
 
-def _member(archive: Any, name: str, path: Path) -> npt.NDArray[Any]:
+def _member(archive: Any, name: str, packed: int, where: str) -> npt.NDArray[Any]:
     """An array of an npz file that does not unpack to far more than its size tells."""
     entries = [entry.file_size for entry in archive.zip.infolist() if entry.filename in (name, f"{name}.npy")]
-    check_unpacked(max(entries), path.stat().st_size, str(path))
+    check_unpacked(max(entries), packed, where)
     return np.asarray(archive[name])
 
 
-def _read_npz(path: Path, data: FileData) -> tuple[Pixels, Labels | None]:
+def _read_npz(path: Place, data: FileData) -> tuple[Pixels, Labels | None]:
     check_plain(path)
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        with _here(path) as local, local.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             names = list(archive.files)
             column = _choose(names, data.image, ("image", "images", "img", "x", "arr_0"), path, "image")
             label = _choose(names, data.label, ("label", "labels", "y"), path, "label", needed=data.label is not None)
             assert column is not None  # needed
-            images, values = _member(archive, column, path), _member(archive, label, path) if label else None
-    except BadInput:
+            packed = file.seek(0, 2)
+            images, values = (_member(archive, name, packed, str(path)) if name else None for name in (column, label))
+            assert images is not None
+    except (BadInput, Failed):
         raise
     except Exception as error:  # numpy raises whatever the zip, the header or the pickle inside provokes
         raise BadInput(f"{path}: not an npz file of plain arrays ({_first_line(error)})") from None
     pixels = quantized(images, str(path))
     if data.mode is not None or data.size is not None:
-        pixels = _stack(((str(path), _converted(image, str(path), data.mode, data.size)) for image in pixels), str(path), pixels.nbytes)
+        pixels = _stack(((str(path), _converted(image, str(path), data.mode, data.size), image.nbytes) for image in pixels), str(path))
     labeled = label and (data.label or _whole(values))
     return pixels, _labels(values, len(pixels), f"{path}: array {label!r}") if labeled else None
 
@@ -371,7 +404,7 @@ def _first_not_finite(values: npt.NDArray[Any]) -> int:
     return int(np.isfinite(values).all(axis=tuple(range(1, values.ndim))).argmin())
 
 
-def _read_values(path: Path, array: str | None) -> Values:
+def _read_values(path: Place, array: str | None) -> Values:
     """Points or sequences from a csv or npz file, ``(n, C, H, W)`` float32.
 
     Raises:
@@ -381,20 +414,20 @@ def _read_values(path: Path, array: str | None) -> Values:
         return _checked(_read_csv(path), str(path))
     check_plain(path)
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        with _here(path) as local, local.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             names = list(archive.files)
             column = names[0] if array is None and len(names) == 1 else array or "x"
             if column not in names:
                 raise BadInput(f"{path}: no array {column}; it has {', '.join(names) or 'none'}. Set data.array")
-            found = _member(archive, column, path)
-    except BadInput:
+            found = _member(archive, column, file.seek(0, 2), str(path))
+    except (BadInput, Failed):
         raise
     except Exception as error:  # numpy raises whatever the zip, the header or the pickle inside provokes
         raise BadInput(f"{path}: neither a csv file nor an npz file of plain arrays ({_first_line(error)})") from None
     return _checked(found, f"{path}: array {column}")
 
 
-def _read_csv(path: Path) -> npt.NDArray[np.float64]:
+def _read_csv(path: Place) -> npt.NDArray[np.float64]:
     content = _bytes(path)
     if len(content) > MAX_CSV_BYTES:
         raise BadInput(f"{path}: {len(content)} bytes; at most {MAX_CSV_BYTES} are read. Bring it to an npz file")
@@ -491,10 +524,10 @@ def load(data: DigitsData | GlyphsData | FileData | ValuesData | OldFaithfulData
     if isinstance(data, StrokesData):
         return _strokes(data)
     if isinstance(data, OldFaithfulData):
-        path = Path(__file__).with_name("old_faithful.csv")
+        own = Path(__file__).with_name("old_faithful.csv")
         name = f"old faithful (seed {data.seed})"
-        return _parted(name, Split(_read_values(path, None), None), str(path), data.test_fraction, data.seed)
-    paths = [Path(p).expanduser() for p in (data.path, data.test_path) if p is not None]
+        return _parted(name, Split(_read_values(own, None), None), str(own), data.test_fraction, data.seed)
+    paths = [place(p) for p in (data.path, data.test_path) if p is not None]
     for path in paths:
         if not path.exists():
             raise BadInput(f"{path}: no such file or folder")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import BadInput, BrokenFile
+from .errors import BadInput, BrokenFile, Failed
 from .state import fingerprint, read_json, sha256, spoiled_states, write_json
 from .synthesize import surrogate
 
@@ -65,7 +65,7 @@ def damage(folder: Path) -> list[str]:
         if "state" not in manifest.relative_to(folder).parts and not manifest.is_symlink():
             try:
                 surrogate.check(manifest.parent)
-            except (BadInput, OSError) as error:
+            except (BadInput, OSError, Failed) as error:
                 found.append(str(error))
     return list(dict.fromkeys(found + spoiled_states(folder / "state")))
 

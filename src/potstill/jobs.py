@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,15 +25,17 @@ from .distill.augment import augmented
 from .distill.distiller import Classification, Continual, Distiller, Encoding, likelihood, reached, train_only
 from .distill.loop import Batch, Log, Phase, fit
 from .distill.pool import OnlineLinks
+from .distill.trackers import tracked
 from .divergence import total
+from .energy.view import Energy
 from .errors import BadInput, BrokenFile, Locked
-from .evaluate.cost import parameters
+from .evaluate.cost import needed, parameters
 from .families.chain import DenoisingLoss
 from .families.classifier import classes_of
 from .families.diffusion import Autoencoding, Denoising, TextToImage, UNet, chain_of
 from .families.gan import GAN
 from .families.latent import LatentDiffusion
-from .model import Model, evaluating, kept_for_gradient
+from .model import Model, evaluating, keeping, kept_for_gradient
 from .noise import Noise
 from .ranks import ALONE, Ranks
 from .state import States, digest_of, fingerprint, lock, os_error, publish, read_json, save_tensors, sha256, write_json
@@ -77,6 +79,15 @@ class Workshop:
         if (wanted == "cuda" and not torch.cuda.is_available()) or (wanted == "mps" and not torch.backends.mps.is_available()):
             raise BadInput(f"compute.device: {wanted} is not available here")
         return torch.device(wanted)
+
+    def energy_of(self, arm: config.Arm) -> Energy:
+        """What the teacher says of a student's images by themselves while an arm's generator learns."""
+        distill, of = self.recipe.distill, self.recipe.teacher
+        generate = distill.generate if distill else None
+        terms = arm.energy if arm.energy is not None else generate.energy if generate else ()
+        if not terms or of is None:
+            return Energy()
+        return build.energy(terms, self.teacher, of, self.recipe.seed, self.allowed)
 
     @cached_property
     def teacher(self) -> Model:
@@ -138,7 +149,9 @@ class Workshop:
         if arm.real:
             return self.real_of(arm).images
         folders = self.recipe.images_of(arm, phase)
-        return np.concatenate([self.surrogate(folder) for folder in folders]) if folders else None
+        found: list[Any] = [self.surrogate(folder) for folder in folders]
+        # One alone is left where it is, which may be on the disk.
+        return np.concatenate(found) if len(found) > 1 else next(iter(found), None)
 
     def synthesis(self, folder: str, student: Model | None = None, watch: Watch | None = None) -> Synthesis:
         """What makes the surrogate of that folder.
@@ -311,15 +324,26 @@ def _with(model: Model, adversary: Adversary | None) -> torch.nn.Module:
 
 
 def _objective(
-    distill: config.Distill, arm: config.Arm, name: str, teacher: Model, student: Model, adversary: Adversary | None
+    distill: config.Distill,
+    arm: config.Arm,
+    name: str,
+    teacher: Model,
+    student: Model,
+    adversary: Adversary | None,
+    energy: Energy = Energy(),
 ) -> Distiller | Encoding:
     """What the phase of that name trains."""
     for position, (program, section) in enumerate(distill.generators(arm)):
         if program == name:
             replay = arm.replay if arm.replay is not None and position == 0 else section.replay
             share = arm.share if arm.share is not None and position == 0 else section.share
-            against = adversary if program == "generate" else None
-            return Distiller(teacher, student, build.rules(section.rules), program, replay, share, adversary=against)
+            if program != "generate":
+                return Distiller(teacher, student, build.rules(section.rules), program, replay, share)
+            given = arm.perceptual if arm.perceptual is not None else distill.generate.perceptual if distill.generate else ()
+            seen = build.rules(given)
+            return Distiller(
+                teacher, student, build.rules(section.rules), program, replay, share, adversary=adversary, perceptual=seen, energy=energy
+            )
     infer = distill.infer or config.Encoder()
     if student.infer is None and isinstance(student.net, GAN):
         raise BadInput(f"arm {arm.title}, infer: the student has no encoder; set student.encoder: true, or infer: null")
@@ -397,8 +421,16 @@ def _check_labels(student: Model, classes: int) -> None:
         raise BadInput(f"student: it tells {found or 'no'} labels apart, its teacher {classes}")
 
 
-def rehearse(shop: Workshop, teacher: Model) -> None:
+def _learning(net: torch.nn.Module, average: bool) -> int:
+    """Bytes of a network that learns: weights, gradients, Adam's two moments, and the average of the weights where there is one."""
+    return (5 if average else 4) * sum(p.nbytes for p in net.parameters()) + sum(b.nbytes for b in net.buffers())
+
+
+def rehearse(shop: Workshop, teacher: Model) -> int:
     """Run every phase of every arm once, on two samples and a student that is thrown away.
+
+    Returns:
+        about how many bytes a training needs, beside those of its teacher and its images.
 
     Raises:
         BadInput: a rule matches nothing, a program fails, teacher and student do not fit together.
@@ -429,6 +461,7 @@ def rehearse(shop: Workshop, teacher: Model) -> None:
             return DenoisingLoss(student.net, chain)(noise, gray, labels)
         return likelihood(student)(noise, gray) if classes is None else Classification(student)(noise, gray, labels)
 
+    most = 0
     for arm in shop.recipe.arms:
         student = shop.student_of(teacher, 0, arm.chain)
         if arm.kind == "scratch" and arm.surrogate and classes is not None:
@@ -439,25 +472,27 @@ def rehearse(shop: Workshop, teacher: Model) -> None:
             if plain == "generate" and distill.generate:
                 check_unrolled(student, distill.generate.batch)
             try:
-                if name == "scratch":
-                    losses, learns = scratch(arm, student, adversary), {n for n, _ in student.net.named_parameters()}
-                elif name == "continual":
-                    losses, learns = (
-                        _continual(distill.continual, teacher, student)(noise, gray),
-                        {n for n, _ in student.net.named_parameters()},
-                    )
-                elif plain == "link" and (pool := _pool(shop.recipe, arm, teacher, student, 0, 2)):
-                    losses, learns = pool(noise, torch.arange(2)), _learns(distill, arm, student, plain)
-                else:
-                    images = gray if arm.kind != "data_free" or shop.recipe.images_of(arm, plain) else None
-                    if plain == "generate" and images is not None and teacher.infer is None:
-                        raise BadInput(
-                            f"arm {arm.title}, generate: begins with images, but the teacher, a {type(teacher.net).__name__}, does not "
-                            "infer the noise behind them; use data_free arms that start from noise"
+                with keeping() as kept:
+                    if name == "scratch":
+                        losses, learns = scratch(arm, student, adversary), {n for n, _ in student.net.named_parameters()}
+                    elif name == "continual":
+                        losses, learns = (
+                            _continual(distill.continual, teacher, student)(noise, gray),
+                            {n for n, _ in student.net.named_parameters()},
                         )
-                    losses = _objective(distill, arm, plain, teacher, student, adversary)(noise, images, 2)
-                    learns = _learns(distill, arm, student, plain)
+                    elif plain == "link" and (pool := _pool(shop.recipe, arm, teacher, student, 0, 2)):
+                        losses, learns = pool(noise, torch.arange(2)), _learns(distill, arm, student, plain)
+                    else:
+                        images = gray if arm.kind != "data_free" or shop.recipe.images_of(arm, plain) else None
+                        if plain == "generate" and images is not None and teacher.infer is None:
+                            raise BadInput(
+                                f"arm {arm.title}, generate: begins with images, but the teacher, a {type(teacher.net).__name__}, does not "
+                                "infer the noise behind them; use data_free arms that start from noise"
+                            )
+                        losses = _objective(distill, arm, plain, teacher, student, adversary, shop.energy_of(arm))(noise, images, 2)
+                        learns = _learns(distill, arm, student, plain)
                 shape = tuple(total(losses).shape) if losses else None
+                held = sum(kept.values()) // 2
             except BadInput:
                 raise
             except Exception as error:
@@ -468,6 +503,30 @@ def rehearse(shop: Workshop, teacher: Model) -> None:
             if not learns:
                 own = " of its own" if _plain_name(name) == "infer" else ""
                 raise BadInput(f"arm {arm.title}, {name}: the student's {name} program has no parameters{own} to train")
+            section = getattr(distill, plain)
+            most = max(most, held * section.batch + _learning(_with(student, adversary), bool(section.ema)))
+    return most
+
+
+def memory_of_train(shop: Workshop) -> int | None:
+    """About how many bytes the training of the recipe's ``train`` section needs beside its images, or ``None`` where that is not known."""
+    section = shop.recipe.train
+    if section is None or isinstance(section.model, config.TextToImageNet):
+        return None
+    described = section.model
+    try:
+        model: Model = build.born(0, "stand-in", lambda: build.network(described)).model()
+        model.net.to(shop.device)
+        adversary = build.adversary(section.discriminator, model, 0) if trained_adversarially(model) else None
+        classifies = isinstance(section.model, config.CLASSIFIERS)
+        phase = _from_scratch(shop, model, adversary, section, "train", classifies, shop.real.train)("train")
+        with needed() as held:
+            losses = phase.loss(phase.objective, Batch(Noise((0, "memory")).at(range(2)), torch.arange(2), 2, 0))
+            whole = held() // 2 * min(section.batch, len(shop.real.train.images)) + _learning(_with(model, adversary), bool(section.ema))
+    except Exception:  # it is an estimate: what is wrong is for the training to say
+        return None
+    del losses
+    return whole
 
 
 def _check_continual(teacher: Model) -> None:
@@ -516,7 +575,7 @@ def _distilled(
             losses: dict[str, Tensor] = module(batch.noise, load(batch) if load else None, batch.n)
             return losses
 
-        objective = _objective(distill, arm, plain, teacher, student, adversary)
+        objective = _objective(distill, arm, plain, teacher, student, adversary, shop.energy_of(arm))
         learns += _own(adversary) if plain == "generate" else []
         return Phase(name, objective, loss, learns, section, 0 if pool is None else len(pool))
 
@@ -587,6 +646,12 @@ def _from_scratch(
     return phase
 
 
+def _tracked(
+    shop: Workshop, engine: Accelerator, title: str, counts: dict[str, int]
+) -> AbstractContextManager[Callable[[dict[str, Any]], None] | None]:
+    return tracked(engine, shop.recipe.compute.trackers, shop.folder / "trackers", shop.recipe.name, title, counts)
+
+
 def make_student(
     shop: Workshop,
     job: Job,
@@ -613,18 +678,20 @@ def make_student(
     states = States(states_of(shop.folder) / job.name)
     folder = student_folder(shop.folder, job)
     counts = updates(recipe, job.arm)
-    fit(
-        _with(student, adversary),
-        phases,
-        list(counts),
-        Noise((recipe.seed, job.seed)),
-        engine=engine,
-        states=states,
-        log=Log(folder / "log.jsonl", told),
-        save_seconds=recipe.compute.save_seconds,
-        log_steps=recipe.compute.log_steps,
-        keep_going=keep_going,
-    )
+    with _tracked(shop, engine, job.name, counts) as track:
+        fit(
+            _with(student, adversary),
+            phases,
+            list(counts),
+            Noise((recipe.seed, job.seed)),
+            engine=engine,
+            states=states,
+            log=Log(folder / "log.jsonl", told, track),
+            save_seconds=recipe.compute.save_seconds,
+            log_steps=recipe.compute.log_steps,
+            patience=recipe.compute.divergence_patience,
+            keep_going=keep_going,
+        )
     if engine.is_main_process:
         done = {"identity": identity, "updates": counts, "seed": job.seed}
         save_network(student, folder, student_card(recipe, job, counts, parameters(student.net), parameters(shop.teacher.net)))
@@ -688,20 +755,22 @@ def make_teacher(
     model.net.to(shop.device)
     adversary = build.adversary(section.discriminator, model, recipe.seed) if trained_adversarially(model) else None
     states = States(shop.folder / "state" / "train")
-    fit(
-        _with(model, adversary),
-        _from_scratch(
-            shop, model, adversary, section, "train", isinstance(section.model, config.CLASSIFIERS), shop.real.train.of(section.labels)
-        ),
-        ["train"],
-        Noise((recipe.seed, "train")),
-        engine=engine,
-        states=states,
-        log=Log(shop.folder / "train" / "log.jsonl", told),
-        save_seconds=recipe.compute.save_seconds,
-        log_steps=recipe.compute.log_steps,
-        keep_going=keep_going,
-    )
+    with _tracked(shop, engine, "train", {"train": section.steps}) as track:
+        fit(
+            _with(model, adversary),
+            _from_scratch(
+                shop, model, adversary, section, "train", isinstance(section.model, config.CLASSIFIERS), shop.real.train.of(section.labels)
+            ),
+            ["train"],
+            Noise((recipe.seed, "train")),
+            engine=engine,
+            states=states,
+            log=Log(shop.folder / "train" / "log.jsonl", told, track),
+            save_seconds=recipe.compute.save_seconds,
+            log_steps=recipe.compute.log_steps,
+            patience=recipe.compute.divergence_patience,
+            keep_going=keep_going,
+        )
     if engine.is_main_process:
         save_network(model, shop.folder / "teacher", teacher_card(recipe, shop.real.name, parameters(model.net)))
     return model
@@ -752,18 +821,21 @@ def make_prior(
 
         return Phase(name, Denoising(net, section.dropout), loss, learns, section, len(split.images))
 
-    fit(
-        net,
-        phase,
-        ["autoencoder", "denoiser"],
-        Noise((recipe.seed, "train")),
-        engine=engine,
-        states=States(shop.folder / "state" / "train"),
-        log=Log(shop.folder / "train" / "log.jsonl", told),
-        save_seconds=recipe.compute.save_seconds,
-        log_steps=recipe.compute.log_steps,
-        keep_going=keep_going,
-    )
+    counts = {"autoencoder": section.autoencoder.steps, "denoiser": section.steps}
+    with _tracked(shop, engine, "train", counts) as track:
+        fit(
+            net,
+            phase,
+            list(counts),
+            Noise((recipe.seed, "train")),
+            engine=engine,
+            states=States(shop.folder / "state" / "train"),
+            log=Log(shop.folder / "train" / "log.jsonl", told, track),
+            save_seconds=recipe.compute.save_seconds,
+            log_steps=recipe.compute.log_steps,
+            patience=recipe.compute.divergence_patience,
+            keep_going=keep_going,
+        )
     if engine.is_main_process:
         folder = shop.folder / "teacher"
         folder.mkdir(parents=True, exist_ok=True)

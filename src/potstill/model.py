@@ -13,19 +13,29 @@ from .noise import NoiseSource
 from .trace import Program, run
 
 
-def kept_for_gradient(call: Callable[[], object]) -> int:
-    """Bytes that ``call()`` keeps until its gradient is computed, parameters aside."""
+@contextmanager
+def keeping() -> Iterator[dict[int, int]]:
+    """Sizes in bytes, by where they lie, of what the block keeps until a gradient is computed, parameters aside.
+
+    The block is to hold its results until it ends, or memory that is free again would be counted once for all that is put there.
+    """
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if not isinstance(tensor, nn.Parameter):
+        if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):  # a layer may keep its weight transposed
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+
+
+def kept_for_gradient(call: Callable[[], object]) -> int:
+    """Bytes that ``call()`` keeps until its gradient is computed, parameters aside."""
+    with keeping() as kept:
         result = call()
-    del result  # until here, or memory that is free again would be counted once for all that is put there
+    del result
     return sum(kept.values())
 
 

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,12 +24,13 @@ import torch
 
 from . import __version__, build, config, inventory
 from .data import Dataset, Kept, Split, floats
+from .distill import trackers
 from .distill.loop import accelerator, threads
 from .energy.statistics import FILE as ACTIVATIONS
 from .energy.view import Look
 from .errors import BadInput, BrokenFile, Failed, Refused, shown
 from .evaluate.arms import accuracy, cost, energies, over_seeds, quality, reconstructions, samples, shares
-from .evaluate.cost import file_mib, parameters, size_mib
+from .evaluate.cost import file_mib, needed, parameters, size_mib
 from .evaluate.features import pixels
 from .evaluate.frechet import frechet
 from .evaluate.sketch import Sketch
@@ -47,6 +48,7 @@ from .jobs import (
     make_prior,
     make_students,
     make_teacher,
+    memory_of_train,
     rehearse,
     save_network,
     states_of,
@@ -57,18 +59,21 @@ from .jobs import (
 )
 from .model import Model
 from .noise import Noise
-from .progress import Board, LogTail
+from .progress import Board, LogTail, gib, memory
 from .ranks import ALONE, Ranks
 from .state import digest_of, fingerprint, lock, read_json, replacing, sha256, sweep, write_json, write_text
+from .store import place
 from .synthesize import surrogate
 from .synthesize.guided import Guided
 from .synthesize.inversion import Inversion, LatentInversion
 from .synthesize.synthesis import Synthesis
+from .trace import run as traced
 from .worker import INTERRUPTED, stoppable, verdict
 
 STAGES = ("train", "synthesize", "distill", "evaluate", "report")
 _SECTION = {"train": "train", "synthesize": "surrogate", "distill": "distill", "evaluate": "evaluate", "report": "report"}
 METRICS_FORMAT = "potstill-metrics/1"
+_OWN = "memory://"
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ class Run:
     allowed: tuple[str, ...]
     board: Board
     ranks: Ranks = ALONE
+    _needs: dict[str, int] = field(default_factory=dict, init=False, repr=False)  # bytes, as far as rehearsals have found out
 
     @cached_property
     def shop(self) -> Workshop:
@@ -117,6 +123,8 @@ class Run:
         self.check_folder()
         build.allow(self.allowed)
         _ = self.shop.device
+        if {"train", "distill"} & set(stages):
+            trackers.check(self.recipe.compute.trackers)
         if "train" in stages:
             self._check_train()
         if set(stages) & {"synthesize", "distill", "evaluate"}:
@@ -130,7 +138,7 @@ class Run:
                 if "synthesize" not in stages and not all((self.folder / f / "manifest.json").exists() for f in self._images_needed):
                     raise BadInput("distill: no surrogate yet; run the synthesize stage first")
                 if not self._is_done("distill"):
-                    rehearse(self.shop, teacher)
+                    self._needs["distill"] = rehearse(self.shop, teacher)
             if "evaluate" in stages:
                 if "distill" not in stages and not all(is_done(self.folder, job) for job in jobs(self.recipe)):
                     raise BadInput("evaluate: not every student is trained yet; run the distill stage first")
@@ -211,18 +219,30 @@ class Run:
     def _check_synthesize(self, teacher: Model) -> None:
         """See that each surrogate can be made, by a single step of two images where the teacher is there already."""
         for folder, section in self.recipe.synthesized.items():
+            if section.store:
+                if section.store.startswith(_OWN) and self.ranks.count > 1:
+                    raise BadInput(f"{folder}.store: {_OWN} is the memory of one process, and there are {self.ranks.count}; use another")
+                place(section.store).exists()  # whether it answers is known before hours of work
             if isinstance(self.recipe.teacher, config.Trained) and not self._is_done("train"):
                 build.synthesizer(section, teacher)
                 continue
-            synthesis = self.shop.synthesis(folder)
-            if isinstance(synthesis.synthesizer, (Guided, Inversion, LatentInversion)):
-                synthesis = replace(synthesis, synthesizer=replace(synthesis.synthesizer, steps=1))
-            try:
+            self._rehearse_synthesis(folder)
+
+    def _rehearse_synthesis(self, folder: str) -> None:
+        synthesis, section = self.shop.synthesis(folder), self.recipe.synthesized[folder]
+        if isinstance(synthesis.synthesizer, (Guided, Inversion, LatentInversion)):
+            synthesis = replace(synthesis, synthesizer=replace(synthesis.synthesizer, steps=1))
+        try:
+            with needed() as held:
                 synthesis(range(2), Noise((self.recipe.seed, folder, "rehearsal")))
-            except (BadInput, MemoryError, torch.OutOfMemoryError):
-                raise
-            except Exception as error:
-                raise BadInput(f"{folder}: {build.reason(error)}") from None
+                batch = held() // 2 * min(section.batch, section.n)
+        except (BadInput, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise BadInput(f"{folder}: {build.reason(error)}") from None
+        images = self.shop.teacher.images
+        # A shard is put together in memory: pictures as png files, values as Python's numbers of 32 bytes.
+        self._needs[folder] = batch + min(section.shard, section.n) * math.prod(images.shape) * (1 if images.pixels else 32)
 
     def _check_train(self) -> None:
         section = self._section("train")
@@ -280,6 +300,8 @@ class Run:
             if not work:
                 return
             with threads(self.recipe.compute.threads), self._stoppable() as keep_going:
+                if self.ranks.first:
+                    self._say_needed(memory_of_train(self.shop))
                 engine = accelerator(str(self.shop.device))
                 model = make_teacher(self.shop, engine, keep_going=keep_going, told=partial(self.board.training, "train")).frozen()
             if not self.ranks.first:
@@ -339,7 +361,10 @@ class Run:
                 steps = surrogate.Steps()
                 synthesis = shop.synthesis(folder, watch=steps.watch)
                 if self.ranks.first:
+                    if folder not in self._needs:  # the teacher was not there yet when all was checked
+                        self._rehearse_synthesis(folder)
                     self._say_memory(folder, synthesis, min(section.batch, section.n))
+                    self._say_needed(self._needs[folder], what=f"{folder}: ")
                 surrogate.write(
                     self.folder / folder,
                     synthesis,
@@ -347,13 +372,31 @@ class Run:
                     n=section.n,
                     batch=section.batch,
                     shard=section.shard,
-                    identity=fingerprint(_plain({k: v for k, v in depends.items() if k != "surrogates"} | {"section": section})),
+                    identity=_identity(depends, section),
                     source=section.kind,
                     pixels=shop.teacher.images.pixels,
+                    store=section.store,
                     steps=steps,
                     progress=partial(self.board.update, folder, total=section.n, detail="images"),
                     ranks=self.ranks,
                 )
+
+    def _say_needed(self, beside: int | None, processes: int = 1, images: int = 0, what: str = "") -> None:
+        """One line of about how much memory a stage will take.
+
+        Args:
+            beside: bytes, beside what this process holds already; ``None`` where they are not known.
+            processes: that will hold as much each.
+            images: bytes of images, which are never on a GPU.
+            what: it is about.
+        """
+        if beside is None:
+            return
+        if self.shop.device.type == "cuda":
+            self.board.say(f"  {what}about {gib(torch.cuda.memory_allocated() + beside)} of GPU memory")
+            return
+        one = memory() + beside + images
+        self.board.say(f"  {what}about {gib(one * processes + (memory() if processes > 1 else 0))} of memory")
 
     def _say_memory(self, folder: str, synthesis: Synthesis, batch: int) -> None:
         guided = synthesis.synthesizer
@@ -405,6 +448,7 @@ class Run:
             workers, count = self._workers(len(todo))
             how = f"{workers} side by side" if self.ranks.count == 1 else f"each by {self.ranks.count} processes"
             self.board.say(f"  {len(todo)} students, {how}")
+            self._say_needed(self._needs.get("distill"), workers, self._bytes_of_surrogates())
             if workers == 1:
                 with threads(count), self._stoppable() as keep_going:
                     engine = accelerator(str(self.shop.device))
@@ -420,6 +464,12 @@ class Run:
             job = Job(first, recipe.seeds[0])
             model = self._load_student(job)
             save_network(model, self.folder / "student", student_card(recipe, job, updates(recipe, first), *self._sizes(model)))
+
+    def _bytes_of_surrogates(self) -> int:
+        """Bytes of the images that trainings hold in memory; those of a storage are on the disk."""
+        images = self.shop.teacher.images
+        here = [self.recipe.synthesized[folder] for folder in self._images_needed]
+        return sum(s.n for s in here if not s.store) * math.prod(images.shape) * (1 if images.pixels else 4)
 
     def evaluate(self) -> None:
         """Figures for the teacher and every arm, and the arrays that the report's pictures are made of."""
@@ -437,6 +487,7 @@ class Run:
         with self._stage("evaluate", depends, [self.folder / "metrics.json"]) as work:
             if not work or not self.ranks.first:
                 return
+            self._say_needed(self._memory_of_evaluate(section))
             with threads(recipe.compute.threads):
                 metrics, pictures = self._measure(section)
             with replacing(self.folder / "evaluate" / "pictures.npz") as temporary, temporary.open("wb") as file:
@@ -457,6 +508,21 @@ class Run:
                     page.write(self.folder)
                 except page.ReportError as error:
                     raise BadInput(f"report: {error}") from None
+
+    def _memory_of_evaluate(self, section: config.Evaluate) -> int:
+        teacher, test, chain = self.shop.teacher, self.shop.real.test.images, chain_of(self.shop.teacher)
+        noise, n = Noise((self.recipe.seed, "memory")), section.n or len(test)
+        x = teacher.images.encode(floats(test[:2]).to(teacher.device))
+        with needed() as held, torch.no_grad():
+            if chain is not None:  # every link is like the first
+                traced(chain.link, x, noise=noise).out.dist  # noqa: B018
+            elif teacher.generate is not None:
+                samples(teacher, 2, noise, 2)
+            if teacher.infer is not None:
+                traced(teacher.infer, x, noise=noise)
+            batch = held() // 2 * section.batch
+        # Real, generated, the teacher's and the first seed's images in float32; distances of all pairs, for the transport between them.
+        return batch + 4 * n * math.prod(teacher.images.shape) * 4 + (2 * n * n * 8 if teacher.generate is not None else 0)
 
     # -------------------------------------------------------------- their parts
 
@@ -528,7 +594,8 @@ class Run:
         """
         asked = os.environ.get("OMP_NUM_THREADS", "")
         threads_given = self.recipe.compute.threads or (int(asked) if asked.isdecimal() and int(asked) else None)
-        if self.shop.device.type != "cpu" or "RANK" in os.environ:
+        own = any(section.store and section.store.startswith(_OWN) for section in self.recipe.synthesized.values())
+        if self.shop.device.type != "cpu" or "RANK" in os.environ or own:
             return 1, threads_given
         most = max(1, min(len(jobs(self.recipe)), self.recipe.compute.workers or build.cores()))
         return max(1, min(most, todo)), threads_given or max(1, build.cores() // most)
@@ -819,6 +886,15 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
+def _identity(depends: dict[str, Any], section: config.Surrogate) -> str:
+    """Fingerprint of all that the images of a surrogate depend on, which is not where they are kept."""
+    whole = _plain({k: v for k, v in depends.items() if k != "surrogates"} | {"section": section})
+    for part in (whole["surrogate"], whole["section"]):
+        if part is not None:
+            part.pop("store", None)
+    return fingerprint(whole)
+
+
 def _differences(before: Any, now: Any, path: str = "") -> list[str]:
     """Dotted names of what differs between two trees of plain data."""
     if isinstance(before, dict) and isinstance(now, dict):
@@ -871,6 +947,7 @@ def execute(
     allowed: tuple[str, ...] = (),
     quiet: bool = False,
     ranks: Ranks = ALONE,
+    log_json: bool = False,
 ) -> None:
     """Run stages of a recipe in a folder; all that the recipe has, by default. Of several processes, all make this call.
 
@@ -881,7 +958,7 @@ def execute(
     chosen = stages or tuple(s for s in STAGES if (recipe.synthesized if s == "synthesize" else getattr(recipe, _SECTION[s])))
     if not chosen:
         raise BadInput(f"{recipe.name}: the recipe has no stage in it: {', '.join(_SECTION.values())}")
-    with Board(quiet) as board, build.memory_watched():
+    with Board(quiet, log_json) as board, build.memory_watched():
         run = Run(recipe, folder, allowed, board, ranks)
         run.check(chosen)
         ranks.wait()

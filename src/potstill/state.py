@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import BadInput, BrokenFile, Locked
+from .store import Place
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,12 +29,14 @@ MAX_JSON_BYTES = 1 << 24  # of marks and manifests, which have a line for a tens
 _TEMPORARY = re.compile(r"\..+\.(\d+|[a-z0-9_]{8})\.tmp")
 
 
-def check_plain(path: Path) -> None:
+def check_plain(path: Place) -> None:
     """See that a path is no pipe, which would be waited for, and no device, which may have no end. What is not there is left to the reader.
 
     Raises:
         BrokenFile: it is one.
     """
+    if not isinstance(path, Path):
+        return
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError):
@@ -42,7 +45,7 @@ def check_plain(path: Path) -> None:
         raise BrokenFile(f"{path}: a pipe or a device; a file is expected")
 
 
-def sha256(path: Path) -> str:
+def sha256(path: Place) -> str:
     """Hex digest of a file's bytes.
 
     Raises:
@@ -104,7 +107,7 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Place) -> Any:
     """Read JSON.
 
     Raises:

@@ -12,6 +12,7 @@ from torch.distributions import Distribution
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..divergence import Match, compare, has_priors, log_density, negative_elbo
+from ..energy.view import Energy, Look
 from ..model import Model, evaluating
 from ..noise import DrawnOnce, Noise, NoiseSource
 from ..trace import Point, Sampler, Trace, noise_of, run
@@ -54,9 +55,14 @@ class Distiller(nn.Module):
         share: pattern of node names at which the student gets the teacher's noise; elsewhere it draws its own.
         elbo: weight of the student's negative ELBO of the images, with program "infer".
         adversary: tells the student's images from the teacher's, with program "generate"; it is trained on the teacher's alone.
+        perceptual: with program "generate", which latents to compare of what the teacher infers from its own image and from the
+            student's, on the same noise: a distance between images as the teacher sees them, and not pixel by pixel.
+        energy: with program "generate", what the teacher says of the student's images by themselves, such as how far the statistics
+            of its BatchNorm layers are from those of its training data, which its own samples may miss as well.
 
     Raises:
-        ValueError: ``elbo`` or ``adversary`` with another program.
+        ValueError: ``elbo``, ``adversary``, ``perceptual`` or ``energy`` with another program; the last two and a teacher that is not
+            frozen.
     """
 
     def __init__(
@@ -69,8 +75,14 @@ class Distiller(nn.Module):
         share: str = "*",
         elbo: float = 0.0,
         adversary: Adversary | None = None,
+        perceptual: Sequence[Match] = (),
+        energy: Energy = Energy(),
     ):
         super().__init__()
+        if (perceptual or energy.terms) and program != "generate":
+            raise ValueError(f"perceptual and energy go with program 'generate', not {program!r}: they look at images")
+        if (perceptual or energy.terms) and any(p.requires_grad for p in teacher.net.parameters()):
+            raise ValueError("perceptual and energy need a frozen teacher: the gradient passes through its encoder")
         if elbo and program != "infer":
             raise ValueError(f"elbo goes with program 'infer', not {program!r}: it needs images and what is inferred from them")
         if adversary is not None and program != "generate":
@@ -78,6 +90,7 @@ class Distiller(nn.Module):
         self.net, self.adversary = student.net, adversary
         self._teacher = (teacher,)
         self._student, self.rules, self.program, self.replay, self.share, self.elbo = student, tuple(rules), program, replay, share, elbo
+        self.perceptual, self.energy = tuple(perceptual), energy
 
     def forward(self, noise: Noise, images: Tensor | None = None, n: int | None = None) -> dict[str, Tensor]:
         """Weighted losses by node, each ``(batch,)``.
@@ -99,7 +112,7 @@ class Distiller(nn.Module):
         target: Trace | None = None
         replayed: dict[str, Tensor] = {}
         compared = any(rule.weight for rule in self.rules)
-        if compared or self.adversary is not None:
+        if compared or self.adversary is not None or self.perceptual:
             with torch.no_grad():
                 given = {} if images is None or reads else self._latents(images, noise)
                 target = run(teacher.program(self.program), *inputs(teacher), noise=drawn, n=batch, given=given, device=teacher.device)
@@ -112,10 +125,24 @@ class Distiller(nn.Module):
         losses = compare(target, found, self.rules) if target is not None and compared else {}
         if self.adversary is not None and target is not None:
             losses |= self.adversary.of_traces(target, found, (teacher, student))
+        if target is not None and self.perceptual:
+            losses |= self._perceived(target, found, noise.fold("perceptual"))
+        if self.energy.terms:
+            view = Look(teacher, noise=noise.fold("energy"))(student.images.decode(found.out.dist.mean))
+            losses |= {f"energy.{name}": part for name, part in self.energy.parts(view, every=True).items()}
         if self.elbo:
             parts = negative_elbo(found, *inputs(student))
             losses |= {f"elbo.{name}": self.elbo * part for name, part in parts.items()}
         return losses
+
+    def _perceived(self, target: Trace, found: Trace, noise: Noise) -> dict[str, Tensor]:
+        """Divergences of what the teacher infers from both images; the gradient reaches the student through the teacher's encoder."""
+        (teacher,), student, drawn = self._teacher, self._student, DrawnOnce(noise)
+        images = teacher.images.encode(student.images.decode(found.out.dist.mean))
+        with torch.no_grad():
+            expected = run(teacher.program("infer"), target.out.dist.mean, noise=drawn)
+        parts = compare(expected, run(teacher.program("infer"), images, noise=drawn), self.perceptual)
+        return {f"perceptual.{name}": part for name, part in parts.items()}
 
     def _latents(self, images: Tensor, noise: Noise) -> dict[str, Tensor]:
         """What the teacher infers from images, by node."""

@@ -25,6 +25,9 @@ from .rows import synchronized
 
 Objective = Callable[..., dict[str, Tensor]]
 
+# A loss has run away when it is above its smallest value by so many times its largest size in so many first updates.
+FAR, FIRST_UPDATES = 10.0, 100
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -113,27 +116,72 @@ class Average:
 class Log:
     """``log.jsonl``: one JSON object a line. What a killed run wrote past its last state is cut off when it resumes."""
 
-    def __init__(self, path: Path, told: Callable[[dict[str, Any]], None] | None = None):
-        self._path, self._told = path, told
+    def __init__(self, path: Path, *told: Callable[[dict[str, Any]], None] | None):
+        self._path, self._told = path, [tell for tell in told if tell is not None]
 
-    def rewind(self, done: dict[str, int]) -> None:
-        """Keep the lines of phases in ``done`` up to their step, and of no other phase."""
-        kept = []
+    def rewind(self, done: dict[str, int]) -> list[dict[str, Any]]:
+        """Keep the lines of phases in ``done`` up to their step, and of no other phase; returns what they say."""
+        kept, entries = [], []
         if self._path.exists():
             for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     entry = json.loads(line)
                     if entry["step"] <= done.get(entry["phase"], 0):
                         kept.append(line)
+                        entries.append(entry)
                 except (ValueError, KeyError, TypeError, RecursionError):
                     continue
         write_text(self._path, "".join(line + "\n" for line in kept))
+        return entries
 
     def write(self, entry: dict[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-        if self._told:
-            self._told(entry)
+        for tell in self._told:
+            tell(entry)
+
+
+class Watch:
+    """Tells a loss that has run away from one that is only noisy.
+
+    It compares with the training's own beginning, so that it needs no scale: a loss is far when it is above its smallest value by more
+    than ``FAR`` times its largest size in the first ``FIRST_UPDATES`` updates. One that is far for ``patience`` updates on end, without
+    a single line of the log between, has diverged. That is late, on purpose: a student that starts with its teacher's weights has its
+    smallest loss first, and an adversary's loss may rise for long.
+    """
+
+    def __init__(self, patience: int | None):
+        self._patience, self._size = patience, 0.0
+        self._least: dict[str, float] = {}
+        self._lowest = math.inf
+        self._since: int | None = None
+
+    def add(self, step: int, parts: dict[str, float]) -> None:
+        """Take note of the loss after ``step`` updates, by terms."""
+        value = sum(parts.values())
+        if step <= FIRST_UPDATES or not self._least:
+            self._size = max(self._size, abs(value))
+        self._lowest = min(self._lowest, value)
+        self._least |= {name: min(part, self._least.get(name, part)) for name, part in parts.items()}
+        if value <= self._lowest + FAR * self._size:
+            self._since = None
+        elif self._since is None:
+            self._since = step
+
+    @property
+    def calm(self) -> bool:
+        """Whether the loss is where a state is worth saving."""
+        return self._patience is None or self._since is None
+
+    def verdict(self, step: int, parts: dict[str, float]) -> str | None:
+        """What is to be said of a loss that has diverged."""
+        if self._patience is None or self._since is None or step - self._since < self._patience:
+            return None
+        name = max(parts, key=lambda k: parts[k] - self._least[k])
+        return (
+            f"the loss of {name} has diverged: {parts[name]:.4g} at update {step}, after {self._least[name]:.4g}; the whole has been more "
+            f"than {FAR:g} times its first size above its smallest value for {step - self._since} updates"
+        )
 
 
 def accelerator(device: str = "auto") -> Accelerator:
@@ -183,6 +231,7 @@ def fit(
     log: Log,
     save_seconds: float = 30.0,
     log_steps: int = 25,
+    patience: int | None = None,
     keep_going: Callable[[], bool] = lambda: True,
 ) -> None:
     """Train ``net`` through its phases, in place. A run that was killed goes on from its last state to the same bits.
@@ -197,10 +246,12 @@ def fit(
         log: where losses go.
         save_seconds: least time between two saved states.
         log_steps: updates between two lines of the log.
+        patience: updates on end that a loss may be far above its smallest (see :class:`Watch`), or ``None`` for any number.
         keep_going: asked before every update; when it says no, the state is saved and ``KeyboardInterrupt`` raised.
 
     Raises:
-        BadInput: a loss or a weight is not finite; it names the term or the weight, and the update. Nothing is saved then.
+        BadInput: a loss or a weight is not finite, or a loss has diverged; it names the term or the weight, and the update. Nothing is
+            saved then, nor while a loss is far above its smallest: the last state is from before.
     """
     saved, _ = states.load()
     first, done = 0, dict[str, int]()
@@ -212,12 +263,22 @@ def fit(
     if several:
         _check_same(states, torch.tensor([first, saved["step"] if saved else 0]))
         keep_going = Agreed(keep_going)
-    if engine.is_main_process:
-        log.rewind(done)
+    before = log.rewind(done) if engine.is_main_process else []
     with synchronized(net) if several else nullcontext():
         for position in range(first, len(names)):
             resumed = saved if saved and position == first else None
-            _fit_phase(net, phases(names[position]), noise, resumed, engine, states, log, save_seconds, log_steps, keep_going, position)
+            watch = Watch(patience)
+            for line in before if resumed else ():
+                if line["phase"] == names[position] and (parts := _parts_of(line)):
+                    watch.add(line["step"], parts)
+            phase = phases(names[position])
+            _fit_phase(net, phase, noise, resumed, engine, states, log, save_seconds, log_steps, keep_going, position, watch)
+
+
+def _parts_of(line: dict[str, Any]) -> dict[str, float]:
+    """The terms of a loss that a line of the log tells."""
+    found = {k.removeprefix("loss/"): v for k, v in line.items() if k.startswith("loss/")}
+    return {k: v for k, v in found.items() if isinstance(v, float) and math.isfinite(v)}
 
 
 def _check_same(states: States, begins: Tensor) -> None:
@@ -239,6 +300,7 @@ def _fit_phase(
     log_steps: int,
     keep_going: Callable[[], bool],
     position: int,
+    watch: Watch,
 ) -> None:
     training = phase.training
     optimizer = torch.optim.AdamW(
@@ -282,7 +344,8 @@ def _fit_phase(
     since_log, since_save, logged = time.perf_counter(), time.monotonic(), start
     for step in range(start, training.steps):
         if not keep_going():
-            save(step)
+            if watch.calm:
+                save(step)
             engine.wait_for_everyone()  # or the processes that have nothing to write would end, and with them the one that has
             raise KeyboardInterrupt
         for group in optimizer.param_groups:
@@ -319,7 +382,10 @@ def _fit_phase(
                     **{f"loss/{k}": v for k, v in parts.items()},
                 }
                 log.write(entry | {"lr": learning_rate(training, step), "images_per_second": round(speed, 1)})
-            if done < training.steps and time.monotonic() - since_save >= save_seconds:
+                watch.add(done, parts)
+                if said := watch.verdict(done, parts):
+                    raise BadInput(f"{phase.name}: {said}; {remedy}, or go on with compute.divergence_patience=null")
+            if done < training.steps and watch.calm and time.monotonic() - since_save >= save_seconds:
                 save(done)
                 since_save = time.monotonic()
     if average:

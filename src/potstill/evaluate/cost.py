@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
 import numpy
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
+from ..model import keeping
 from ..state import plain_tensors
 
 
@@ -92,6 +95,30 @@ def file_mib(path: str | Path) -> float:
     if not file.is_file():
         raise ValueError(f"file_mib: found {file}, which is not a file; expected the file that holds the weights")
     return size / 2**20
+
+
+@contextmanager
+def needed() -> Iterator[Callable[[], int]]:
+    """Gives the bytes that the calls of networks in the block have needed so far: what is kept for their gradients, parameters aside, or
+    where there are none the input and output of the largest layer. What a layer needs within itself is not seen."""
+    largest = 0
+
+    def listen(module: nn.Module, inputs: object, output: object) -> None:
+        nonlocal largest
+        largest = max(largest, _bytes(inputs) + _bytes(output))
+
+    handle = register_module_forward_hook(listen)
+    try:
+        with keeping() as kept:
+            yield lambda: max(largest, sum(kept.values()))
+    finally:
+        handle.remove()
+
+
+def _bytes(found: object) -> int:
+    if isinstance(found, Tensor):
+        return int(found.nbytes)
+    return sum(map(_bytes, found)) if isinstance(found, (tuple, list)) else 0
 
 
 def _wait_for(device: torch.device) -> None:
