@@ -1105,6 +1105,7 @@ def _child(kind: Kind, name: str, inputs: range, seed: int, scratch: Path, pipe:
     for number in inputs:
         folder = made(number)
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+        printed = os.lseek(1, 0, os.SEEK_END)
         before, start = _status("VmRSS"), time.process_time()
         tell(at=number)
         outcome, text = _outcome(kind.read, folder)
@@ -1113,6 +1114,11 @@ def _child(kind: Kind, name: str, inputs: range, seed: int, scratch: Path, pipe:
             outcome, text = "finding", f"took {seconds:.1f} s ({outcome}: {text[:100]})"
         if outcome != "finding" and peak > BYTES:
             outcome, text = "finding", f"took {peak >> 20} MiB ({outcome}: {text[:100]})"
+        sys.stdout.flush()
+        sys.stderr.flush()
+        said = os.pread(1, os.lseek(1, 0, os.SEEK_END) - printed, printed)
+        if outcome != "finding" and b"\x1b" in said:
+            outcome, text = "finding", f"an escape on the terminal: {said[max(0, said.index(27) - 100) :][:300]!r}"
         tell(at=number, outcome=outcome, text=text[:400], seconds=seconds, bytes=peak)
         if outcome != "finding":
             shutil.rmtree(folder, ignore_errors=True)
@@ -1126,7 +1132,7 @@ def _fork(kind: Kind, name: str, inputs: range, seed: int, scratch: Path, rows: 
     if not child:
         os.close(reading)
         os.setpgid(0, 0)
-        terminal = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        terminal = os.open(said, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         os.dup2(terminal, 1)
         os.dup2(terminal, 2)
         code = 1
@@ -1166,17 +1172,6 @@ def _fork(kind: Kind, name: str, inputs: range, seed: int, scratch: Path, rows: 
         at = at + 1 if finished else at
         if at < inputs.stop:
             rows.append({"kind": name, "at": at, "outcome": "finding", "text": problem, "seconds": 0.0, "bytes": 0})
-    elif b"\x1b" in told:
-        rows.append(
-            {
-                "kind": name,
-                "at": at,
-                "outcome": "finding",
-                "text": f"an escape on the terminal: {told[-200:]!r}",
-                "seconds": 0.0,
-                "bytes": 0,
-            }
-        )
     return at + 1 if problem else inputs.stop
 
 

@@ -151,6 +151,12 @@ def test_a_parquet_file_that_says_one_picture_again_and_again(tmp_path, monkeypa
         file_data("parquet", repeated(tmp_path / "x.parquet", 500, png(400)))
 
 
+def test_a_parquet_file_whose_repeated_picture_is_made_small(tmp_path):
+    path = repeated(tmp_path / "x.parquet", 5000, png(400))
+    with pytest.raises(BadInput, match=r"of encoded images, which are the same ones"):
+        file_data("parquet", path, size=2, mode="L")
+
+
 @pytest.mark.parametrize(
     ("labels", "expected"),
     [([0, 2**31], "labels are below 2147483648"), ([[1], [1, 2]], "one whole number per image is expected, found object")],
@@ -298,6 +304,21 @@ def test_a_pipeline_of_absurd_description_is_not_made(pipeline, name, values, ex
     with pytest.raises(BadInput) as found:
         Prior.from_pretrained(pipeline(name, **values))
     assert expected in str(found.value)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_no_weights_of_a_pipeline_are_made_up_and_nothing_is_said_of_it_but_the_error(pipeline, capfd, part):
+    folder = pipeline("unet/config.json")
+    (path,) = (folder / part).glob("*.safetensors")
+    tensors = state.read_tensors(path)
+    name = next(name for name in tensors if name.endswith("weight"))
+    from safetensors.torch import save_file
+
+    save_file({("\x1b[2J" if k == name else k): v for k, v in tensors.items()}, path, {"format": "pt"})
+    capfd.readouterr()
+    with pytest.raises(BadInput, match=rf"{part}: not the weights of a .*: it lacks "):
+        Prior.from_pretrained(folder)
+    assert "\x1b" not in "".join(capfd.readouterr())
 
 
 def test_a_pipeline_whose_description_is_too_deep_to_read(pipeline):

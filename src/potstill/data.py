@@ -44,6 +44,7 @@ MAX_LABEL = 2**31
 MAX_UNPACKED, MAX_RATIO = 2**28, 100
 MAX_SCANS = 100  # of a JPEG, each of which is a pass over all of its pixels; progressive ones have about ten
 _FEW_ROWS = 10_000
+_FEW_BYTES = 2**20
 _DECODED = 64  # rows of a parquet file that are in memory as encoded images
 # What Pillow turns into 8-bit gray or color without losing range: 16-bit images would be clipped to white.
 _CONVERTIBLE = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
@@ -268,7 +269,7 @@ def _read_parquet(path: Place, data: FileData) -> tuple[Pixels, Labels | None]:
                 label = _choose(names, data.label, ("label", "labels"), file, "label", needed=data.label is not None)
                 packed = content.seek(0, 2)
                 check_rows(source.metadata.num_rows, packed, str(file))
-                row = 0
+                row = repeated = 0
                 # A few at a time: a column that says one picture again and again is as large in memory as all of them.
                 for part in source.iter_batches(_DECODED, columns=[column]):
                     for cell in part.column(column).to_pylist():
@@ -277,6 +278,9 @@ def _read_parquet(path: Place, data: FileData) -> tuple[Pixels, Labels | None]:
                         if not isinstance(encoded, bytes):
                             found = type(encoded).__name__
                             raise BadInput(f"{file}: column {column!r}, row {row}: encoded image bytes are expected, found {found}")
+                        repeated += len(encoded)
+                        if repeated > max(_FEW_BYTES, MAX_RATIO * packed):  # what is encoded is not packed much further
+                            raise BadInput(f"{file}: {packed} bytes with more than {repeated} of encoded images, which are the same ones")
                         yield where, decode(encoded, where, data.mode, data.size), 0 if row else packed
                         row += 1
                 values = source.read(columns=[label])[label].to_pylist() if label else None

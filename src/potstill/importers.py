@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import reprlib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,32 @@ def kd4dgm(path: str | Path, image: tuple[int, int, int] | None = None, std: flo
     return net.eval()
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within the block transformers and diffusers do not tell the terminal of a checkpoint, in its own words: the errors here say it."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("transformers", "diffusers"))}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
+
+
+def whole(made: tuple[Any, Mapping[str, Any]], path: str | Path) -> Any:
+    """A network as transformers or diffusers loads it, with what they say of its weights, of which none may be made up.
+
+    Raises:
+        BadInput: some are not in its file, and would be random.
+    """
+    net, said = made
+    if missing := sorted(said["missing_keys"]):
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise BadInput(f"{path}: not the weights of a {type(net).__name__}: it lacks {', '.join(missing[:5])}{more}")
+    return net
+
+
 def transformers_classifier(
     path: str,
     image: tuple[int, int, int] | None = None,
@@ -158,8 +186,11 @@ def transformers_classifier(
         for file in folder.glob("*.safetensors"):
             check_plain(file)
     try:
-        net = AutoModelForImageClassification.from_pretrained(path, use_safetensors=True)
+        with quiet():
+            net = whole(AutoModelForImageClassification.from_pretrained(path, use_safetensors=True, output_loading_info=True), path)
         found = cached_file(path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+    except BadInput:
+        raise
     except Exception as error:  # what is raised for a folder that is wrong differs between versions and kinds of damage
         raise BadInput(f"{path}: no image classifier that transformers can load ({(str(error).splitlines() or [''])[0][:160]})") from None
     told = read_description(Path(found)) if found else {}

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import BadInput
+from ..importers import quiet, whole
 from ..noise import Noise
 from ..state import check_plain, digest_of, read_description
 
@@ -180,34 +181,32 @@ class Prior:
         bars = transformers.utils.logging.is_progress_bar_enabled()
         transformers.utils.logging.disable_progress_bar()  # ours are enough
         try:
-            for part in ("unet", "vae"):
-                if part in index:
-                    _check_size(getattr(diffusers, index[part]), folder / part)
-            unet = getattr(diffusers, index["unet"]).from_pretrained(
-                folder / "unet", torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False
-            )
-            vae = None
-            if "vae" in index:
-                vae = getattr(diffusers, index["vae"]).from_pretrained(
-                    folder / "vae", torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False
-                )
-            texts = []
-            for suffix in ("", "_2"):
-                if f"text_encoder{suffix}" in index:
-                    encoder = getattr(transformers, index[f"text_encoder{suffix}"]).from_pretrained(
-                        folder / f"text_encoder{suffix}", dtype=dtype, use_safetensors=True
-                    )
-                    tokenizer = getattr(transformers, index[f"tokenizer{suffix}"]).from_pretrained(folder / f"tokenizer{suffix}")
-                    texts.append((tokenizer, encoder.to(device)))
-            own = index["scheduler"]
-            name = SCHEDULERS[scheduler] if scheduler else (own if own in SCHEDULERS.values() else SCHEDULERS["ddim"])
-            made = getattr(diffusers, name).from_config(read_description(folder / "scheduler" / "scheduler_config.json"))
-            cheap = None
-            if tiny is not None:
-                cheap = diffusers.AutoencoderTiny.from_pretrained(tiny, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False)
-                cheap = cheap.to(device)
-            prior = cls(unet.to(device), made, None if vae is None else vae.to(device), texts, cheap)
-            _check_scale(prior)
+            with quiet():
+                for part in ("unet", "vae"):
+                    if part in index:
+                        _check_size(getattr(diffusers, index[part]), folder / part)
+                told = {"use_safetensors": True, "output_loading_info": True}
+                plain = {"torch_dtype": dtype, "low_cpu_mem_usage": False, **told}
+                unet = whole(getattr(diffusers, index["unet"]).from_pretrained(folder / "unet", **plain), folder / "unet")
+                vae = None
+                if "vae" in index:
+                    vae = whole(getattr(diffusers, index["vae"]).from_pretrained(folder / "vae", **plain), folder / "vae")
+                texts = []
+                for suffix in ("", "_2"):
+                    if (part := f"text_encoder{suffix}") in index:
+                        encoder = whole(
+                            getattr(transformers, index[part]).from_pretrained(folder / part, dtype=dtype, **told), folder / part
+                        )
+                        tokenizer = getattr(transformers, index[f"tokenizer{suffix}"]).from_pretrained(folder / f"tokenizer{suffix}")
+                        texts.append((tokenizer, encoder.to(device)))
+                own = index["scheduler"]
+                name = SCHEDULERS[scheduler] if scheduler else (own if own in SCHEDULERS.values() else SCHEDULERS["ddim"])
+                made = getattr(diffusers, name).from_config(read_description(folder / "scheduler" / "scheduler_config.json"))
+                cheap = None
+                if tiny is not None:
+                    cheap = whole(diffusers.AutoencoderTiny.from_pretrained(tiny, **plain), tiny).to(device)
+                prior = cls(unet.to(device), made, None if vae is None else vae.to(device), texts, cheap)
+                _check_scale(prior)
         except BadInput:
             raise
         except Exception as error:
