@@ -6,7 +6,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,10 @@ from ..state import States
 from .rows import synchronized
 
 Objective = Callable[..., dict[str, Tensor]]
+
+
+class Stopped(KeyboardInterrupt):
+    """A training was asked to stop, and has saved its state."""
 
 
 @dataclass(frozen=True)
@@ -198,11 +202,41 @@ def fit(
         log: where losses go.
         save_seconds: least time between two saved states.
         log_steps: updates between two lines of the log.
-        keep_going: asked before every update; when it says no, the state is saved and ``KeyboardInterrupt`` raised.
+        keep_going: asked before every update; when it says no, the state is saved and :class:`Stopped` raised.
 
     Raises:
         BadInput: a loss or a weight is not finite; it names the term or the weight, and the update. Nothing is saved then.
     """
+    training = fitting(
+        net,
+        phases,
+        names,
+        noise,
+        engine=engine,
+        states=states,
+        log=log,
+        save_seconds=save_seconds,
+        log_steps=log_steps,
+        keep_going=keep_going,
+    )
+    for _ in training:
+        pass
+
+
+def fitting(
+    net: nn.Module,
+    phases: Callable[[str], Phase],
+    names: list[str],
+    noise: Noise,
+    *,
+    engine: Accelerator,
+    states: States,
+    log: Log,
+    save_seconds: float = 30.0,
+    log_steps: int = 25,
+    keep_going: Callable[[], bool] = lambda: True,
+) -> Iterator[tuple[int, int]]:
+    """:func:`fit` for who asks for one update after another: before each it tells where it is, the phase's position and the step."""
     saved, _ = states.load()
     first, done = 0, dict[str, int]()
     if saved:
@@ -218,7 +252,31 @@ def fit(
     with synchronized(net) if several else nullcontext():
         for position in range(first, len(names)):
             resumed = saved if saved and position == first else None
-            _fit_phase(net, phases(names[position]), noise, resumed, engine, states, log, save_seconds, log_steps, keep_going, position)
+            for step in _fit_phase(
+                net, phases(names[position]), noise, resumed, engine, states, log, save_seconds, log_steps, keep_going, position
+            ):
+                yield position, step
+
+
+def abreast(trainings: Iterable[Iterator[tuple[int, int]]]) -> None:
+    """Go through several :func:`fitting` at once, always on with the one that is furthest behind, so that all are at the same batch.
+
+    Raises:
+        Stopped: one was asked to stop; by then all were, and each has saved its state.
+    """
+    at = dict.fromkeys(trainings, (-1, 0))
+    stopped = False
+    while at:
+        behind = min(at, key=at.__getitem__)
+        try:
+            at[behind] = next(behind)
+        except StopIteration:
+            del at[behind]
+        except Stopped:
+            stopped = True
+            del at[behind]
+    if stopped:
+        raise Stopped
 
 
 def _check_same(states: States, begins: Tensor) -> None:
@@ -240,7 +298,7 @@ def _fit_phase(
     log_steps: int,
     keep_going: Callable[[], bool],
     position: int,
-) -> None:
+) -> Iterator[int]:
     training = phase.training
     optimizer = torch.optim.AdamW(
         phase.parameters, training.lr, (training.beta1, training.beta2), weight_decay=training.weight_decay, foreach=True
@@ -282,10 +340,11 @@ def _fit_phase(
 
     since_log, since_save, logged = time.perf_counter(), time.monotonic(), start
     for step in range(start, training.steps):
+        yield step
         if not keep_going():
             save(step)
             engine.wait_for_everyone()  # or the processes that have nothing to write would end, and with them the one that has
-            raise KeyboardInterrupt
+            raise Stopped
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(training, step)
         index = shuffled(step)[rows.start : rows.stop] if shuffled else None
