@@ -2,8 +2,8 @@
 
 One update of all three, which share the teacher's trace and noise, and one of the widest on its own take turns in one process. Both are
 the training loop's own updates (``potstill.distill.loop.fitting``), without logging and saving, on one thread; what is counted is the
-processor's time, which says nothing of what else the machine does. The teacher is a ladder VAE of width 64
-on 3x32x32 pictures with random weights, and so are the students, of three widths; the phase is "generate" with the recipe's own rules.
+processor's time, which says nothing of what else the machine does. The teacher is a ladder VAE of width 64 on 3x32x32 pictures with
+random weights, and so are the students, of three widths; the phase is "generate" with the rules that a recipe has by default.
 
     python benchmarks/students.py [--repeats 60] [--batch 32]
 """
