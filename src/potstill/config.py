@@ -892,6 +892,9 @@ class Recipe(Section):
     train: Train | None = None
     teacher: Teacher | None = None
     student: Student | None = None
+    students: Annotated[tuple[Count, ...], Field(min_length=1)] | None = Field(
+        default=None, description="widths of several students, in place of student; those of an arm and a seed share the teacher's work"
+    )
     surrogate: Surrogate | None = None
     surrogates: dict[Name, Surrogate] = Field(default={}, description="further ones by name, for arms that say so")
     distill: Distill | None = None
@@ -899,6 +902,11 @@ class Recipe(Section):
     evaluate: Evaluate | None = None
     report: Report | None = None
     compute: Compute = Compute()
+
+    @property
+    def widths(self) -> tuple[int | None, ...]:
+        """Of the students of each arm and seed; ``None`` for the one that the section student describes."""
+        return self.students or (None,)
 
     @property
     def synthesized(self) -> dict[str, Surrogate]:
@@ -926,10 +934,10 @@ class Recipe(Section):
         """Folders of all surrogates that an arm trains on."""
         return tuple(dict.fromkeys(f for phase in ("link", "generate", "infer", "scratch") for f in self.images_of(arm, phase)))
 
-    @field_validator("seeds", "arms")
+    @field_validator("seeds", "arms", "students")
     @classmethod
-    def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        names = [v.title if isinstance(v, Arm) else v for v in values]
+    def _distinct(cls, values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+        names = [v.title if isinstance(v, Arm) else v for v in values or ()]
         if len(set(names)) < len(names):
             raise ValueError(f"two are the same: {', '.join(map(str, names))}")
         return values
@@ -952,7 +960,9 @@ class Recipe(Section):
             problems.append(f"{'surrogate' if self.surrogate else 'surrogates'}: needs a teacher")
         if self.distill and not self.teacher:
             problems.append("distill: needs a teacher")
-        if self.distill and not self.student:
+        if self.student and self.students:
+            problems.append("students: widths in place of student; give one of the two")
+        if self.distill and not (self.student or self.students):
             problems.append("distill: needs a student")
         for arm in self.arms if self.distill else ():
             if unknown := [f for f in self.every_image_of(arm) if f not in self.synthesized]:

@@ -5,6 +5,7 @@ command line can print a table without loading a plotting library.
 """
 
 import math
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -333,6 +334,7 @@ def verdict(metrics: Mapping[str, Any]) -> str:
 
     A loss is worded as plainly as a win. "Level" means that the difference is at most the pooled standard deviation,
     sqrt((sd1² + sd2²) / 2). Where an arm is missing the sentence says that there is nothing to compare with.
+    Of students of several sizes, the first is judged, against those of its size.
     """
     arms = arms_of(metrics)
     subject = subject_of(arms)
@@ -350,7 +352,12 @@ def verdict(metrics: Mapping[str, Any]) -> str:
     on = f" on features “{features_of(metrics)}”" if metric.key == "frechet" else ""
     figure = f"{metric.label} {format_value(ours)}{on}, {metric.direction}"
 
-    rivals = {SCRATCH: "student trained from scratch on real data", WITH_DATA: "student distilled with real data"}
+    size = re.fullmatch(rf"{DATA_FREE}(_w\d+)", subject.key)
+    of_its_size = size[1] if size else ""
+    rivals = {
+        f"{SCRATCH}{of_its_size}": "student trained from scratch on real data",
+        f"{WITH_DATA}{of_its_size}": "student distilled with real data",
+    }
     by_key = {arm.key: arm for arm in arms}
     said: dict[str, list[str]] = {}
     absent, values = [], [ours]
