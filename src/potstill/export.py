@@ -185,7 +185,7 @@ def export(path: str | Path, to: Target, out: Path | None = None, int8: bool = F
     """Write the student of a finished run, or the model in a folder, for other programs to run; return what ``export.json`` says of it.
 
     * onnx: ``model.onnx``, noise to ``image`` in [0, 1] (``values`` of data that are no pictures), or of a classifier ``image`` to
-      ``logits``. Where a generator infers too, ``encoder.onnx``: ``image`` to the mean of each latent (of a category its logits), each
+      ``logits``, log probabilities. Where a generator infers too, ``encoder.onnx``: ``image`` to the mean of each latent (of a category its logits), each
       level given the mean of the one above it, and ``reconstruction``. Of a chain, one call of its denoiser; ``export.json`` has the
       times and levels of its links.
     * torch-export: the same graphs as ``model.pt2`` and ``encoder.pt2``, for ``torch.export.load``.
