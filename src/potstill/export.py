@@ -188,7 +188,7 @@ def export(path: str | Path, to: Target, out: Path | None = None, int8: bool = F
       ``logits``, log probabilities. Where a generator infers too, ``encoder.onnx``: ``image`` to the mean of each latent (of a category
       its logits), each level given the mean of the one above it, and ``reconstruction``. Of a chain, one call of its denoiser;
       ``export.json`` has the times and levels of its links.
-    * torch-export: the same graphs as ``model.pt2`` and ``encoder.pt2``, for ``torch.export.load``; ``most_rows`` where its batch has an end.
+    * torch-export: the same graphs as ``model.pt2`` and ``encoder.pt2``, for ``torch.export.load``; ``most_rows`` is the end of its batch.
     * diffusers: a folder that diffusers' pipelines load, of a diffusion or flow model.
 
     Args:
@@ -276,8 +276,7 @@ def _written(source: _Source, to: Target, int8: bool, folder: Path) -> dict[str,
     parts = _parts(model)
     found["graphs"], found["table"] = {}, []
     for part in parts:
-        with torch.no_grad():
-            exported = _traced(part, part.draw(Noise((0, "export", part.name)), 2))
+        exported = _traced(part, part.draw(Noise((0, "export", part.name)), 2))
         # Diffusers' enlarging looks whether a batch has 64 images: a bound of torch's graph, none of ONNX's, which has no such checks.
         most = _most_rows(exported) if to == "torch-export" else None
         inputs = part.draw(Noise((0, "export", part.name)), min(_ROWS, most or _ROWS))
@@ -286,7 +285,7 @@ def _written(source: _Source, to: Target, int8: bool, folder: Path) -> dict[str,
         apart = _difference(part.plain(inputs), call([inputs[i.name] for i in part.inputs]))
         if not apart <= TOLERANCE:
             raise Failed(f"export: {path.name} differs from torch by {apart:.2g} on the same noise; at most {TOLERANCE:g} is allowed")
-        graph = {"program": part.program, "inputs": [i.described for i in part.inputs], "outputs": list(part.outputs)}
+        graph: dict[str, Any] = {"program": part.program, "inputs": [i.described for i in part.inputs], "outputs": list(part.outputs)}
         graph |= {"max_abs_difference": apart, "compared_on": len(inputs[part.inputs[0].name])}
         found["graphs"][path.name] = graph | ({"most_rows": most} if most else {})
         if part is parts[0]:
@@ -414,7 +413,7 @@ def _traced(part: _Part, example: Mapping[str, Tensor]) -> Any:
     # A module with *args has one argument of that name, whose shapes are a tuple of their own.
     shapes = shapes if isinstance(part.net, _Inferrer) else (shapes,)
     try:
-        with _silent():
+        with _silent(), torch.no_grad():  # as it is called: a graph that switches gradients off cannot be read back
             exported = torch.export.export(part.net.eval(), tensors, dynamic_shapes=shapes)
     except Exception as error:
         text = str(error)
@@ -434,9 +433,14 @@ def _most_rows(exported: Any) -> int | None:
 
 
 def _as_pt2(exported: Any, path: Path) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
-    with _silent():
-        torch.export.save(exported, path)
-        module = torch.export.load(path).module()
+    try:
+        with _silent():
+            torch.export.save(exported, path)
+            module = torch.export.load(path).module()
+    except OSError:
+        raise
+    except Exception as error:
+        raise BadInput(f"export: {path.name} cannot be written and read back: {build.reason(error)}") from None
     return lambda tensors: module(*tensors)
 
 
