@@ -12,9 +12,9 @@ import pytest
 from potstill import config, pipeline
 from potstill.cli import main
 from potstill.data import load
-from potstill.errors import BadInput, BrokenFile, Failed, Refused
+from potstill.errors import BadInput, BrokenFile, Failed, Refused, redacted, shown
 from potstill.inventory import damage
-from potstill.store import Remote, checked, place, redacted
+from potstill.store import Remote, checked, place
 from potstill.synthesize import surrogate
 from runs import RECIPE, digits_like, results
 from test_surrogate import SHAPE, contents, images_of, write
@@ -91,6 +91,9 @@ def test_an_address_is_kept_as_it_is(url):
 def test_what_may_be_a_secret_is_left_out_of_messages():
     text = f"see 's3://key:{SECRET}@bucket/x' and https://h/x?sig={SECRET} or s3://key:hunter2/x; s3://bucket/a is fine, zoo:a too"
     assert redacted(text) == "see 's3://***@bucket/x' and https://h/x?*** or s3://key***/x; s3://bucket/a is fine, zoo:a too"
+    token = "hf_" + "a" * 30
+    assert redacted(f"{token} at s3://key:{SECRET}@bucket") == "hf_*** at s3://***@bucket"
+    assert shown(f"s3://key:{SECRET}@bucket\x1b[2J {token}") == "s3://***@bucket\\x1b[2J hf_***"
 
 
 def test_a_secret_in_an_override_is_in_no_message(place, capsys):

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .errors import BadInput, Failed
+from .errors import BadInput, Failed, shown
 from .ranks import ALONE, Ranks, launched, together
-from .store import is_url, redacted
+from .store import is_url
 from .worker import INTERRUPTED
 
 STAGES = {
@@ -96,12 +96,13 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         sys.path.insert(0, os.getcwd())  # where an allowed module is looked for first, as python -m does
     from . import pipeline
     from .report.tables import text_table, verdict
+    from .state import read_json
 
     stages = None if arguments.command in ("demo", "run") else (arguments.command,)
     pipeline.execute(recipe, folder, stages, tuple(arguments.modules), arguments.quiet, ranks, arguments.log_json)
     metrics = folder / "metrics.json"
     if arguments.command in ("demo", "run", "evaluate") and metrics.exists():
-        found = json.loads(metrics.read_text(encoding="utf-8"))
+        found = read_json(metrics)
         print(text_table(found))
         print(verdict(found))
     if (folder / "report.html").exists() and arguments.command in ("demo", "run", "report"):
@@ -229,11 +230,10 @@ def _complain(text: str, log_json: bool = False) -> None:
     if log_json:
         from .progress import tell  # late, for it brings rich
 
-        tell("error", text=redacted(text))
+        tell("error", text=text)
         return
-    for line in redacted(text).splitlines() or [""]:
-        # A message may quote a file: what a terminal would act on is written out.
-        print("potstill:", "".join(c if c.isprintable() else repr(c)[1:-1] for c in line), file=sys.stderr)
+    for line in text.splitlines() or [""]:
+        print("potstill:", shown(line), file=sys.stderr)  # a message may quote a file
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -279,6 +279,8 @@ def _ended(words: Sequence[str], ranks: Ranks) -> tuple[int, str | None]:
         return 1, f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     except Failed as error:
         return 1, str(error)
+    except MemoryError:
+        return 1, "out of memory"
     return 0, None
 
 

@@ -242,7 +242,8 @@ def _source(path: str | Path, allowed: Sequence[str]) -> _Source:
     recipe = config.read(folder / "recipe.yaml")
     student = folder / "student"
     if recipe.students:
-        raise BadInput(f"{folder}: it has students of several sizes; give the folder of one: {student / f'w{recipe.students[0]}'}, and --out")
+        one = student / f"w{recipe.students[0]}"
+        raise BadInput(f"{folder}: it has students of several sizes; give the folder of one, such as {one}, and --out")
     if not (student / "model.safetensors").is_file():
         raise BadInput(f"{folder}: no student in it; run the distill stage first")
     build.allow(allowed)

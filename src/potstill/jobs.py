@@ -180,7 +180,9 @@ class Workshop:
             return None
         if not self._widths:
             begun = self.folder / "distill" / "begun.json"
-            known = read_json(begun)["depends"].get("width") if begun.exists() else None
+            depends = read_json(begun).get("depends") if begun.exists() else None
+            width = depends.get("width") if isinstance(depends, dict) else None
+            known = width if type(width) is int and width > 0 else None
             threads = (self.recipe.evaluate or config.Evaluate()).latency_threads
             budget, encoder = student.budget, student.encoder
             found = self.ranks.share(lambda: known or build.width_within(budget, teacher, encoder, threads))

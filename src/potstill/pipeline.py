@@ -28,7 +28,7 @@ from .distill import trackers
 from .distill.loop import accelerator, threads
 from .energy.statistics import FILE as ACTIVATIONS
 from .energy.view import Look
-from .errors import BadInput, BrokenFile, Failed, Refused
+from .errors import BadInput, BrokenFile, Failed, Refused, shown
 from .evaluate.arms import accuracy, cost, energies, over_seeds, quality, reconstructions, samples, shares
 from .evaluate.cost import file_mib, needed, parameters, size_mib
 from .evaluate.features import pixels
@@ -353,7 +353,12 @@ class Run:
         sections, shop = self.recipe.synthesized, self.shop
         files = {folder: found for folder in sections if (found := self._files_of(folder))}
         depends = self._reads("synthesize") | {"weights": shop.teacher_digest} | ({"files": files} if files else {})
-        with self._stage("synthesize", depends, [self.folder / f / "manifest.json" for f in sections]) as work:
+
+        def spoiled() -> str | None:
+            gone = (surrogate.missing(self.folder / folder) for folder in sections)
+            return next((str(path.relative_to(self.folder) if isinstance(path, Path) else path) for path in gone if path), None)
+
+        with self._stage("synthesize", depends, [self.folder / f / "manifest.json" for f in sections], spoiled) as work:
             if not work:
                 return
             for folder, section in sections.items():
@@ -647,7 +652,7 @@ class Run:
                 f"distill: a worker was killed by signal {-code} (9: often for want of memory); run the same command again to go on"
             )
         path = self.folder / "state" / "worker.log"
-        write_text(path, output)
+        write_text(path, shown(output))
         last = (output.strip().splitlines() or ["it said nothing"])[-1]
         raise Failed(f"distill: a worker failed: {last}; all that it said is in {path}")
 
@@ -972,7 +977,7 @@ def execute(
             if ranks.first:
                 run.check_folder()  # again, for another process may have been at work until now
                 resolved = inventory.sealed(config.dump(recipe))
-                if not path.exists() or path.read_text(encoding="utf-8") != resolved:
+                if not path.exists() or path.read_bytes() != resolved.encode():  # whatever became of it
                     write_text(path, resolved)
             ranks.wait()
             if not path.exists():

@@ -9,11 +9,11 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from .errors import BadInput, Failed
+from .errors import BadInput, Failed, redacted
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -23,19 +23,6 @@ PACKAGES = {"file": None, "memory": None, "s3": "s3fs", "gs": "gcsfs", "az": "ad
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-# What stands before an @, or after a question mark: where addresses carry passwords and tokens.
-_SECRETS = (
-    re.compile(r"(://)[^\s'\"]*@"),
-    re.compile(r"(://[^\s'\"/]*):[^\s'\"/@]+(?=/|\s|['\"]|$)"),
-    re.compile(r"(://[^\s'\"?]*\?)[^\s'\"]+"),
-)
-
-
-def redacted(text: str) -> str:
-    """The text, with what may be a secret within an address replaced."""
-    for pattern in _SECRETS:
-        text = pattern.sub(lambda found: f"{found[1]}***{'@' if found[0].endswith('@') else ''}", text)
-    return text
 
 
 def is_url(path: str) -> bool:
@@ -101,9 +88,11 @@ class Remote:
 
     Args:
         url: checked.
+        length: of the file in bytes, where it was listed.
     """
 
     url: str
+    length: int | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         return self.url
@@ -150,6 +139,13 @@ class Remote:
     def is_symlink(self) -> bool:
         return False
 
+    def size(self) -> int:
+        """Bytes of the file."""
+        if self.length is not None:
+            return self.length
+        with _asked(self):
+            return int(self._files.size(self.url))
+
     def read_bytes(self) -> bytes:
         with _asked(self):
             return bytes(self._files.cat_file(self.url))
@@ -180,8 +176,9 @@ class Remote:
         with _asked(self):
             files = self._files
             top = str(files._strip_protocol(self.url)).rstrip("/") + "/"
-            names = [str(key)[len(top) :] for key in files.find(self.url) if str(key).startswith(top)]
-        return sorted((PurePosixPath(name), self / name) for name in names)
+            found = files.find(self.url, detail=True).items()
+            sizes = {str(key)[len(top) :]: about.get("size") for key, about in found if str(key).startswith(top)}
+        return [(PurePosixPath(name), Remote(f"{self.url}/{name}", sizes[name])) for name in sorted(sizes, key=PurePosixPath)]
 
 
 Place = Path | Remote

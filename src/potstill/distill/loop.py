@@ -20,7 +20,7 @@ from ..config import Training
 from ..divergence import total
 from ..errors import BadInput, Failed
 from ..noise import Noise
-from ..state import States
+from ..state import States, write_text
 from .rows import synchronized
 
 Objective = Callable[..., dict[str, Tensor]]
@@ -133,10 +133,9 @@ class Log:
                     if entry["step"] <= done.get(entry["phase"], 0):
                         kept.append(line)
                         entries.append(entry)
-                except (json.JSONDecodeError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     continue
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        write_text(self._path, "".join(line + "\n" for line in kept))
         return entries
 
     def write(self, entry: dict[str, Any]) -> None:

@@ -93,10 +93,10 @@ class UNet(
         blocks = tuple(max(1, round(width * m)) for m in multipliers)
         plain = {"down_block_types": ("DownBlock2D",) * len(blocks), "up_block_types": ("UpBlock2D",) * len(blocks)}
         given: dict[str, Any] = {**plain, "norm_num_groups": 8, "attention_head_dim": 8, **self.arguments}
-        given["norm_num_groups"] = math.gcd(given["norm_num_groups"], *blocks)
-        if given["attention_head_dim"] is not None:
-            given["attention_head_dim"] = min(given["attention_head_dim"], *blocks)
         try:
+            given["norm_num_groups"] = math.gcd(given["norm_num_groups"], *blocks)
+            if given["attention_head_dim"] is not None:
+                given["attention_head_dim"] = min(given["attention_head_dim"], *blocks)
             unet = UNet2DModel(
                 sample_size=(height, pixels_wide),
                 in_channels=channels,
@@ -107,7 +107,7 @@ class UNet(
                 **given,
             )
             noises = DDPMScheduler(times, betas[0], betas[1], schedule)
-        except (TypeError, NotImplementedError) as error:
+        except (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, NameError, NotImplementedError) as error:
             raise ValueError(f"diffusers' UNet2DModel: {error}") from None
         alphas = None if prediction == "flow" else noises.alphas_cumprod
         self.chain = Chain(unet, self.image, prediction, alphas, sampler, steps, clip, classes)

@@ -29,6 +29,7 @@ _PAIRS = 24  # surrogate images shown beside their nearest real neighbor; the cl
 _CAPTIONED = 24  # surrogate images shown with what they were made for
 _STEPS = 16  # columns of a strip of predictions, which fill the page
 _ROWS = 8
+_PANELS = 40  # of losses: each takes a moment to draw, and a log may name any number of phases
 _TERMS = 16  # energies that a surrogate is shown with: more than there are, so a file of thousands cannot make a page of them
 _SETS = {"surrogate": "free", "teacher": "teacher", "real": "real"}
 _WITHOUT_NOISE = ("inversion", "latent")  # kinds whose images are not denoised
@@ -294,7 +295,7 @@ def _training(run: Path, arms: Sequence[Arm]) -> list[dict[str, Any]]:
     panels: list[dict[str, Any]] = []
     for label, kind, paths in sources:
         logs = [figures.read_log(path) for path in paths]
-        for phase in sorted({phase for log in logs for phase in log.losses}):
+        for phase in sorted({phase for log in logs for phase in log.losses})[: _PANELS - len(panels)]:
             runs = [log.losses[phase] for log in logs if phase in log.losses]
             curves = figures.loss_svg(runs, f"loss-{len(panels)}")
             paces = [log.pace[phase] for log in logs if phase in log.pace]
