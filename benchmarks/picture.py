@@ -19,6 +19,7 @@ from matplotlib import pyplot
 LABELS = {
     "teacher": "teacher",
     "student_data_free": "student, data-free",
+    "longer": "the same, three times the updates",
     "student_with_data": "student, with data",
     "student_scratch": "student, from scratch",
 }
@@ -35,8 +36,9 @@ def main() -> None:
     columns = len(next(iter(rows.values()))[0])
     figure, axes = pyplot.subplots(len(rows), 1, figsize=(9, 0.56 * len(rows)), dpi=120, layout="constrained")
     for axis, (label, (images, parameters)) in zip(axes, rows.items(), strict=True):
-        strip = np.pad(images, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=255).transpose(1, 2, 0, 3).reshape(images.shape[2], -1)
-        axis.imshow(strip, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        channels, height = images.shape[1:3]
+        strip = np.pad(images, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=255).transpose(2, 0, 3, 1).reshape(height, -1, channels)
+        axis.imshow(strip if channels == 3 else strip[..., 0], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axis.set_ylabel(f"{label}\n{parameters:,}", rotation=0, ha="right", va="center", fontsize=8)
         axis.set_xticks([])
         axis.set_yticks([])

@@ -12,6 +12,8 @@ from torch.distributions import Bernoulli, Independent, Normal
 
 from potstill.distill.distiller import Classification, Distiller, Elbo, PartlyShared, likelihood, reached, train_only
 from potstill.divergence import Match, mse, negative_elbo, total, wasserstein2
+from potstill.energy.statistics import batchnorm
+from potstill.energy.view import Look
 from potstill.families.classifier import Classifier
 from potstill.families.lvae import LVAE
 from potstill.families.vae import VAE
@@ -303,11 +305,26 @@ def test_images_are_compared_as_the_teacher_sees_them():
     assert total(same).abs().max() < 1e-6
 
 
+def test_the_teacher_is_asked_about_the_students_images_by_themselves():
+    teacher, student, noise = frozen_lvae(), lvae(4, seed=1), Noise((3,)).at(range(6))
+    losses = Distiller(teacher, student, energy=0.5 * batchnorm)(noise, n=6)
+    x = student.images.decode(run(student.program("generate"), noise=noise, n=6).out.dist.mean)
+    expected = 0.5 * batchnorm(Look(teacher, noise=noise.fold("energy"))(x))
+    assert torch.allclose(losses["energy.batchnorm"], expected.expand(6), rtol=1e-5)
+    losses["energy.batchnorm"].mean().backward()
+    assert any(p.grad is not None and p.grad.any() for p in student.net.parameters())
+    assert all(p.grad is None for p in teacher.net.parameters())
+
+
 def test_what_a_teacher_sees_needs_images_and_a_teacher_that_is_frozen():
     with pytest.raises(ValueError, match="program 'generate'"):
         Distiller(frozen_lvae(), lvae(), program="infer", perceptual=(Match("z*"),))
     with pytest.raises(ValueError, match="frozen"):
         Distiller(lvae(), lvae(), perceptual=(Match("z*"),))
+    with pytest.raises(ValueError, match="program 'generate'"):
+        Distiller(frozen_lvae(), lvae(), program="infer", energy=batchnorm)
+    with pytest.raises(ValueError, match="frozen"):
+        Distiller(lvae(), lvae(), energy=batchnorm)
 
 
 def test_a_teacher_that_nothing_is_compared_to_is_not_run():

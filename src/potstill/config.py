@@ -520,15 +520,30 @@ class Term(Section):
         return self
 
 
+def _distinct(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+    kinds = [t.target or t.kind for t in terms]
+    if len(set(kinds)) < len(kinds):
+        raise ValueError(f"two are the same: {', '.join(kinds)}")
+    return terms
+
+
+def _of_students_images(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+    if any(t.kind == "disagreement" for t in terms):
+        raise ValueError("disagreement compares with a student, and these are the student's own images; it is for surrogates")
+    return terms
+
+
+Terms = Annotated[tuple[Term, ...], AfterValidator(_distinct)]
+Spoken = Annotated[Terms, AfterValidator(_of_students_images)]
+
+
 class Synthesis(Section):
     """What every surrogate has."""
 
     n: Annotated[int, Field(ge=2, lt=2**31), _NUMERIC] = Field(default=4096, description="images")
     batch: Count = 256
     shard: Count = Field(default=4096, description="images in a file")
-    energy: tuple[Term, ...] = Field(
-        default=(), description="what guides the images, and is recorded of each; only recorded without guidance"
-    )
+    energy: Terms = Field(default=(), description="what guides the images, and is recorded of each; only recorded without guidance")
     classes: Annotated[tuple[Text, ...], Field(min_length=2)] | None = Field(
         default=None, description="names of the labels, in their order; each label gets as many images"
     )
@@ -543,14 +558,6 @@ class Synthesis(Section):
         """Without a store that is not there: what is hashed of a recipe stays what it was before there were any."""
         whole: dict[str, Any] = dump(self)
         return {k: v for k, v in whole.items() if k != "store" or v is not None}
-
-    @field_validator("energy")
-    @classmethod
-    def _distinct(cls, terms: tuple[Term, ...]) -> tuple[Term, ...]:
-        kinds = [t.target or t.kind for t in terms]
-        if len(set(kinds)) < len(kinds):
-            raise ValueError(f"two are the same: {', '.join(kinds)}")
-        return terms
 
 
 class Ancestral(Synthesis):
@@ -668,6 +675,11 @@ class Generator(Training):
         default=(),
         description="which latents to compare of what the teacher's encoder infers from its own image and from the student's: a distance "
         "between images as the teacher sees them, at two to three times an update's cost",
+    )
+    energy: Spoken = Field(
+        default=(),
+        description="what the teacher says of the student's images by themselves, added to the rules, such as batchnorm: the statistics "
+        "of its training data, which its own samples may miss as well",
     )
 
 
@@ -794,6 +806,8 @@ class Arm(Section):
     start: Name | None = Field(default=None, description="of the first of the phases link and generate, where this arm's differs")
     chain: Count | None = Field(default=None, description="links of the student's chain, where it is to be shorter than the teacher's")
     adversarial: Adversarial | None = Field(default=None, description="of the phase generate, where this arm's differs")
+    perceptual: tuple[Rule, ...] | None = Field(default=None, description="of the phase generate, where this arm's differ")
+    energy: Spoken | None = Field(default=None, description="of the phase generate, where this arm's differ")
     surrogate: Annotated[tuple[Name, ...], Field(min_length=1), BeforeValidator(_listed)] | None = Field(
         default=None, description="one of the recipe's surrogates by name, or several put together; by default the section surrogate"
     )
@@ -823,8 +837,9 @@ class Arm(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Arm:
-        if not self.distilled and (self.replay is not None or self.share is not None or self.adversarial is not None):
-            raise ValueError(f"replay, share and adversarial are of distilled arms; a {self.kind} arm has one phase of its own")
+        own = [k for k in ("replay", "share", "adversarial", "perceptual", "energy") if getattr(self, k) is not None]
+        if own and not self.distilled:
+            raise ValueError(f"{own[0]} is of distilled arms; a {self.kind} arm has one phase of its own")
         if self.labels is not None and not self.real:
             raise ValueError("labels are of arms with real images")
         if self.kind != "data_free" and (self.start is not None or (self.surrogate is not None and self.kind != "scratch")):

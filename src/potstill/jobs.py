@@ -28,6 +28,7 @@ from .distill.loop import Batch, Log, Phase, abreast, fit, fitting
 from .distill.pool import OnlineLinks
 from .distill.trackers import tracked
 from .divergence import total
+from .energy.view import Energy
 from .errors import BadInput, BrokenFile, Locked
 from .evaluate.cost import needed, parameters
 from .families.chain import DenoisingLoss
@@ -79,6 +80,15 @@ class Workshop:
         if (wanted == "cuda" and not torch.cuda.is_available()) or (wanted == "mps" and not torch.backends.mps.is_available()):
             raise BadInput(f"compute.device: {wanted} is not available here")
         return torch.device(wanted)
+
+    def energy_of(self, arm: config.Arm) -> Energy:
+        """What the teacher says of a student's images by themselves while an arm's generator learns."""
+        distill, of = self.recipe.distill, self.recipe.teacher
+        generate = distill.generate if distill else None
+        terms = arm.energy if arm.energy is not None else generate.energy if generate else ()
+        if not terms or of is None:
+            return Energy()
+        return build.energy(terms, self.teacher, of, self.recipe.seed, self.allowed)
 
     @cached_property
     def teacher(self) -> Model:
@@ -357,6 +367,7 @@ def _objective(
     teacher: Model,
     student: Model,
     adversary: Adversary | None,
+    energy: Energy = Energy(),
     shared: Shared = UNSHARED,
 ) -> Distiller | Encoding:
     """What the phase of that name trains."""
@@ -364,10 +375,22 @@ def _objective(
         if program == name:
             replay = arm.replay if arm.replay is not None and position == 0 else section.replay
             share = arm.share if arm.share is not None and position == 0 else section.share
-            against = adversary if program == "generate" else None
-            seen = build.rules(section.perceptual) if isinstance(section, config.Generator) else ()
             own = build.rules(section.rules)
-            return Distiller(teacher, student, own, program, replay, share, adversary=against, perceptual=seen, shared=shared)
+            if program != "generate":
+                return Distiller(teacher, student, own, program, replay, share, shared=shared)
+            given = arm.perceptual if arm.perceptual is not None else distill.generate.perceptual if distill.generate else ()
+            return Distiller(
+                teacher,
+                student,
+                own,
+                program,
+                replay,
+                share,
+                adversary=adversary,
+                perceptual=build.rules(given),
+                energy=energy,
+                shared=shared,
+            )
     infer = distill.infer or config.Encoder()
     if student.infer is None and isinstance(student.net, GAN):
         raise BadInput(f"arm {arm.title}, infer: the student has no encoder; set student.encoder: true, or infer: null")
@@ -521,7 +544,7 @@ def rehearse(shop: Workshop, teacher: Model) -> int:
                                 f"arm {arm.title}, generate: begins with images, but the teacher, a {type(teacher.net).__name__}, does not "
                                 "infer the noise behind them; use data_free arms that start from noise"
                             )
-                        losses = _objective(distill, arm, plain, teacher, student, adversary)(noise, images, 2)
+                        losses = _objective(distill, arm, plain, teacher, student, adversary, shop.energy_of(arm))(noise, images, 2)
                         learns = _learns(distill, arm, student, plain)
                 shape = tuple(total(losses).shape) if losses else None
                 held = sum(kept.values()) // 2
@@ -612,7 +635,8 @@ def _distilled(
             losses: dict[str, Tensor] = module(batch.noise, load(batch) if load else None, batch.n)
             return losses
 
-        objective = _objective(distill, arm, plain, teacher, student, adversary, shared)
+        energy = every("energy", arm.title, lambda: shop.energy_of(arm))
+        objective = _objective(distill, arm, plain, teacher, student, adversary, energy, shared)
         learns += _own(adversary) if plain == "generate" else []
         return Phase(name, objective, loss, learns, section, 0 if pool is None else len(pool))
 

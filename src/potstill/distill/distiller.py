@@ -13,6 +13,7 @@ from torch.distributions import Distribution
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..divergence import Match, compare, has_priors, log_density, negative_elbo
+from ..energy.view import Energy, Look
 from ..model import Model, evaluating
 from ..noise import DrawnOnce, Noise, NoiseSource
 from ..trace import Point, Sampler, Trace, noise_of, run
@@ -92,10 +93,13 @@ class Distiller(nn.Module):
         adversary: tells the student's images from the teacher's, with program "generate"; it is trained on the teacher's alone.
         perceptual: with program "generate", which latents to compare of what the teacher infers from its own image and from the
             student's, on the same noise: a distance between images as the teacher sees them, and not pixel by pixel.
+        energy: with program "generate", what the teacher says of the student's images by themselves, such as how far the statistics
+            of its BatchNorm layers are from those of its training data, which its own samples may miss as well.
         shared: with Distillers of other students, alike in all else, which go through the same batches.
 
     Raises:
-        ValueError: ``elbo``, ``adversary`` or ``perceptual`` with another program; ``perceptual`` and a teacher that is not frozen.
+        ValueError: ``elbo``, ``adversary``, ``perceptual`` or ``energy`` with another program; the last two and a teacher that is not
+            frozen.
     """
 
     def __init__(
@@ -109,13 +113,14 @@ class Distiller(nn.Module):
         elbo: float = 0.0,
         adversary: Adversary | None = None,
         perceptual: Sequence[Match] = (),
+        energy: Energy = Energy(),
         shared: Shared = UNSHARED,
     ):
         super().__init__()
-        if perceptual and program != "generate":
-            raise ValueError(f"perceptual goes with program 'generate', not {program!r}: it compares images")
-        if perceptual and any(p.requires_grad for p in teacher.net.parameters()):
-            raise ValueError("perceptual needs a frozen teacher: the gradient passes through its encoder")
+        if (perceptual or energy.terms) and program != "generate":
+            raise ValueError(f"perceptual and energy go with program 'generate', not {program!r}: they look at images")
+        if (perceptual or energy.terms) and any(p.requires_grad for p in teacher.net.parameters()):
+            raise ValueError("perceptual and energy need a frozen teacher: the gradient passes through its encoder")
         if elbo and program != "infer":
             raise ValueError(f"elbo goes with program 'infer', not {program!r}: it needs images and what is inferred from them")
         if adversary is not None and program != "generate":
@@ -123,7 +128,7 @@ class Distiller(nn.Module):
         self.net, self.adversary = student.net, adversary
         self._teacher = (teacher,)
         self._student, self.rules, self.program, self.replay, self.share, self.elbo = student, tuple(rules), program, replay, share, elbo
-        self.perceptual, self._shared = tuple(perceptual), shared
+        self.perceptual, self.energy, self._shared = tuple(perceptual), energy, shared
 
     def forward(self, noise: Noise, images: Tensor | None = None, n: int | None = None) -> dict[str, Tensor]:
         """Weighted losses by node, each ``(batch,)``.
@@ -143,6 +148,9 @@ class Distiller(nn.Module):
             losses |= self.adversary.of_traces(target, found, (teacher, student))
         if self.perceptual and target is not None:
             losses |= self._perceived(target, found, noise.fold("perceptual"))
+        if self.energy.terms:
+            view = Look(teacher, noise=noise.fold("energy"))(student.images.decode(found.out.dist.mean))
+            losses |= {f"energy.{name}": part for name, part in self.energy.parts(view, every=True).items()}
         if self.elbo:
             parts = negative_elbo(found, *inputs)
             losses |= {f"elbo.{name}": self.elbo * part for name, part in parts.items()}
