@@ -48,6 +48,7 @@ ORDER = [
     "progress",
     "worker",
     "pipeline",
+    "export",
     "cli",
     "__main__",
 ]

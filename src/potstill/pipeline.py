@@ -446,7 +446,11 @@ class Run:
         if not (self.folder / "metrics.json").exists():
             raise BadInput("report: nothing measured yet; run the evaluate stage first")
         depends = self._reads("report") | {"metrics": sha256(self.folder / "metrics.json")}
-        with self._stage("report", depends, [self.folder / "report.html"]) as work:
+
+        def stale() -> str | None:
+            return "export" if page.outdated(self.folder) else None
+
+        with self._stage("report", depends, [self.folder / "report.html"], stale) as work:
             if work and self.ranks.first:
                 try:
                     page.write(self.folder)
