@@ -411,7 +411,7 @@ def _silent() -> Iterator[None]:
 
 def _traced(part: _Part, example: Mapping[str, Tensor]) -> Any:
     batch = torch.export.Dim.DYNAMIC
-    tensors = tuple(example[i.name] for i in part.inputs)
+    tensors = tuple(example[i.name].clone() for i in part.inputs)  # of a view, the graph would ask for the same base
     shapes: Any = tuple({0: batch} for _ in tensors)
     # A module with *args has one argument of that name, whose shapes are a tuple of their own.
     shapes = shapes if isinstance(part.net, _Inferrer) else (shapes,)
