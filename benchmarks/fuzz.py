@@ -1180,6 +1180,21 @@ def _fork(kind: Kind, name: str, inputs: range, seed: int, scratch: Path, rows: 
     return at + 1 if problem else inputs.stop
 
 
+def _apart(work: Callable[[], object]) -> None:
+    """Do something in a child: of threads that were started here, children that are forked later would have nothing but the locks."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    if os.waitstatus_to_exitcode(status):
+        raise RuntimeError("the sound inputs could not be made")
+
+
 def _around(scratch: Path) -> set[str]:
     """All that is there beside the inputs themselves."""
     inside = scratch / "in" / "side"
@@ -1198,6 +1213,7 @@ def fuzz(
     import torch
 
     torch.set_num_threads(1)
+    torch.manual_seed(seed)
     for name in _IMPORTS:
         importlib.import_module(name)
     base = scratch / "base"
@@ -1206,7 +1222,10 @@ def fuzz(
     (scratch / "in" / "side").mkdir(parents=True)
     (base / "outside").write_text("{}")
     rows: list[dict[str, Any]] = []
-    chosen = {name: KINDS[name](base) for name in KINDS if kinds is None or name in kinds or (name == "teacher" and "run" in kinds)}
+    wanted = [name for name in KINDS if kinds is None or name in kinds or (name == "teacher" and "run" in kinds)]
+    for name in wanted:
+        _apart(lambda name=name: KINDS[name](base))
+    chosen = {name: KINDS[name](base) for name in wanted}
     whole = sum(kind.share for kind in chosen.values())
     around = _around(scratch)
     for name, kind in chosen.items():

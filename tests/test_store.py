@@ -275,6 +275,25 @@ def test_a_run_with_a_store_ends_in_the_same_bytes(place, url):
     assert place.run("run", **surrogates) == 0  # done already
 
 
+def test_a_shard_that_is_gone_elsewhere_is_made_again(place, tmp_path, capsys):
+    store = tmp_path / "far"
+    sections = {"evaluate": None, "report": None} | {"surrogate": RECIPE["surrogate"] | {"store": f"file://{store}"}}
+    assert place.run("run", **sections) == 0
+    before = contents(store)
+    (store / "shard-00000.parquet").unlink()
+    capsys.readouterr()
+    assert place.run("run", **sections) == 0
+    assert contents(store) == before
+    assert f"synthesize: {store}/shard-00000.parquet is gone or has changed, again" in capsys.readouterr().err
+
+
+def test_what_unpacks_to_far_more_than_it_is_is_refused_elsewhere_too(memory, tmp_path):
+    np.savez_compressed(tmp_path / "data.npz", images=np.zeros((300, 1024, 1024), np.uint8))
+    Remote("memory://far/data.npz").put(tmp_path / "data.npz")
+    with pytest.raises(BadInput, match=r"^memory://far/data.npz: .* bytes that unpack to .* or more, over 100 times as many"):
+        load(config.FileData(kind="npz", path="memory://far/data.npz"))
+
+
 def test_damage_elsewhere_is_named(place, memory):
     surrogates = {"surrogate": {**place.recipe["surrogate"], "store": "memory://r"}}
     assert place.run("synthesize", **surrogates) == 0

@@ -33,6 +33,7 @@ Values = npt.NDArray[np.float32]
 Kept = Pixels | Values  # pixels, or what is no picture
 Labels = npt.NDArray[np.int64]
 Classes = list[str]
+Item = tuple[str, Pixels, int]  # what an image is called, the image, and bytes of its file that no image before it has counted
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 MAX_PIXELS = 4096 * 4096
@@ -180,11 +181,11 @@ def _pixels(image: Image, where: str, mode: str | None, size: int | None) -> npt
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
-def _stack(items: Iterable[tuple[str, npt.NDArray[np.uint8]]], source: str, packed: int) -> Pixels:
+def _stack(items: Iterable[Item], source: str) -> Pixels:
     images: list[npt.NDArray[np.uint8]] = []
-    first, unpacked = "", 0
-    for where, image in items:
-        unpacked += image.nbytes
+    first, unpacked, packed = "", 0, 0
+    for where, image, size in items:
+        unpacked, packed = unpacked + image.nbytes, packed + size
         check_unpacked(unpacked, packed, source)
         if images and image.shape != images[0].shape:
             raise BadInput(
@@ -204,7 +205,13 @@ def _size(image: npt.NDArray[np.uint8]) -> str:
 
 def _read_folder(path: Place, data: FileData) -> tuple[Pixels, Classes | None]:
     files = [(name, p) for name, p in _below(path) if name.suffix.lower() in SUFFIXES]
-    images = _stack(((str(p), decode(_bytes(p), str(p), data.mode, data.size)) for _, p in files), str(path), _packed(p for _, p in files))
+
+    def decoded() -> Iterator[Item]:
+        for _, file in files:
+            content = _bytes(file)
+            yield str(file), decode(content, str(file), data.mode, data.size), len(content)
+
+    images = _stack(decoded(), str(path))
     parents = [name.parent.as_posix() for name, _ in files]
     return images, parents if len(set(parents)) > 1 and "." not in parents else None  # one subfolder per class
 
@@ -214,11 +221,6 @@ def _below(path: Place) -> list[tuple[PurePosixPath, Place]]:
     if isinstance(path, Remote):
         return [*path.find()]
     return [(PurePosixPath(p.relative_to(path).as_posix()), p) for p in sorted(path.rglob("*")) if p.is_file()]
-
-
-def _packed(files: Iterable[Place]) -> int:
-    """Bytes of those files; what is no file is left to the reader."""
-    return sum(p.size() if isinstance(p, Remote) else p.stat().st_size for p in files if isinstance(p, Remote) or p.is_file())
 
 
 def _bytes(path: Place) -> bytes:
@@ -257,23 +259,25 @@ def _read_parquet(path: Place, data: FileData) -> tuple[Pixels, Labels | None]:
         raise BadInput(f"{path}: no parquet files in it")
     labels: list[Labels | None] = []
 
-    def decoded(file: Place) -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
+    def decoded(file: Place) -> Iterator[Item]:
         try:
-            with _here(file) as local, pq.ParquetFile(local) as source:
+            check_plain(file)
+            with _here(file) as local, local.open("rb") as content, pq.ParquetFile(content) as source:
                 names = source.schema_arrow.names
                 column = _choose(names, data.image, ("image", "img", "images"), file, "image")
                 label = _choose(names, data.label, ("label", "labels"), file, "label", needed=data.label is not None)
-                check_rows(source.metadata.num_rows, local.stat().st_size, str(file))
+                packed = content.seek(0, 2)
+                check_rows(source.metadata.num_rows, packed, str(file))
                 row = 0
                 # A few at a time: a column that says one picture again and again is as large in memory as all of them.
                 for part in source.iter_batches(_DECODED, columns=[column]):
                     for cell in part.column(column).to_pylist():
                         where = f"{file}, row {row}"
-                        content = cell.get("bytes") if isinstance(cell, dict) else cell
-                        if not isinstance(content, bytes):
-                            found = type(content).__name__
+                        encoded = cell.get("bytes") if isinstance(cell, dict) else cell
+                        if not isinstance(encoded, bytes):
+                            found = type(encoded).__name__
                             raise BadInput(f"{file}: column {column!r}, row {row}: encoded image bytes are expected, found {found}")
-                        yield where, decode(content, where, data.mode, data.size)
+                        yield where, decode(encoded, where, data.mode, data.size), 0 if row else packed
                         row += 1
                 values = source.read(columns=[label])[label].to_pylist() if label else None
         except BadInput:
@@ -283,7 +287,7 @@ def _read_parquet(path: Place, data: FileData) -> tuple[Pixels, Labels | None]:
         wanted = f"{file}: column {label!r}"
         labels.append(_labels(values, row, wanted) if label and (data.label or _whole(values)) else None)
 
-    images = _stack((item for file in files for item in decoded(file)), str(path), _packed(files))
+    images = _stack((item for file in files for item in decoded(file)), str(path))
     found = [part for part in labels if part is not None]
     return images, np.concatenate(found) if len(found) == len(labels) else None
 
@@ -292,7 +296,6 @@ def _read_parquet(path: Place, data: FileData) -> tuple[Pixels, Labels | None]:
 def _here(file: Place) -> Iterator[Path]:
     """A file on this machine, for as long as the block lasts."""
     if isinstance(file, Path):
-        check_plain(file)
         yield file
         return
     with tempfile.TemporaryDirectory() as folder, fetched(file, Path(folder)) as local:
@@ -337,29 +340,31 @@ def _choose(names: list[str], wanted: str | None, usual: tuple[str, ...], path: 
     return found
 
 
-def _member(archive: Any, name: str, local: Path, where: str) -> npt.NDArray[Any]:
+def _member(archive: Any, name: str, packed: int, where: str) -> npt.NDArray[Any]:
     """An array of an npz file that does not unpack to far more than its size tells."""
     entries = [entry.file_size for entry in archive.zip.infolist() if entry.filename in (name, f"{name}.npy")]
-    check_unpacked(max(entries), local.stat().st_size, where)
+    check_unpacked(max(entries), packed, where)
     return np.asarray(archive[name])
 
 
 def _read_npz(path: Place, data: FileData) -> tuple[Pixels, Labels | None]:
+    check_plain(path)
     try:
         with _here(path) as local, local.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             names = list(archive.files)
             column = _choose(names, data.image, ("image", "images", "img", "x", "arr_0"), path, "image")
             label = _choose(names, data.label, ("label", "labels", "y"), path, "label", needed=data.label is not None)
             assert column is not None  # needed
-            images = _member(archive, column, local, str(path))
-            values = _member(archive, label, local, str(path)) if label else None
+            packed = file.seek(0, 2)
+            images, values = (_member(archive, name, packed, str(path)) if name else None for name in (column, label))
+            assert images is not None
     except (BadInput, Failed):
         raise
     except Exception as error:  # numpy raises whatever the zip, the header or the pickle inside provokes
         raise BadInput(f"{path}: not an npz file of plain arrays ({_first_line(error)})") from None
     pixels = quantized(images, str(path))
     if data.mode is not None or data.size is not None:
-        pixels = _stack(((str(path), _converted(image, str(path), data.mode, data.size)) for image in pixels), str(path), pixels.nbytes)
+        pixels = _stack(((str(path), _converted(image, str(path), data.mode, data.size), image.nbytes) for image in pixels), str(path))
     labeled = label and (data.label or _whole(values))
     return pixels, _labels(values, len(pixels), f"{path}: array {label!r}") if labeled else None
 
@@ -407,13 +412,14 @@ def _read_values(path: Place, array: str | None) -> Values:
     """
     if path.suffix.lower() == ".csv":
         return _checked(_read_csv(path), str(path))
+    check_plain(path)
     try:
         with _here(path) as local, local.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             names = list(archive.files)
             column = names[0] if array is None and len(names) == 1 else array or "x"
             if column not in names:
                 raise BadInput(f"{path}: no array {column}; it has {', '.join(names) or 'none'}. Set data.array")
-            found = _member(archive, column, local, str(path))
+            found = _member(archive, column, file.seek(0, 2), str(path))
     except (BadInput, Failed):
         raise
     except Exception as error:  # numpy raises whatever the zip, the header or the pickle inside provokes

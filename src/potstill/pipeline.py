@@ -356,7 +356,7 @@ class Run:
 
         def spoiled() -> str | None:
             gone = (surrogate.missing(self.folder / folder) for folder in sections)
-            return next((str(path.relative_to(self.folder) if isinstance(path, Path) else path) for path in gone if path), None)
+            return next((str(path).removeprefix(f"{self.folder}/") for path in gone if path is not None), None)
 
         with self._stage("synthesize", depends, [self.folder / f / "manifest.json" for f in sections], spoiled) as work:
             if not work:

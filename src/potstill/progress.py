@@ -100,7 +100,7 @@ class Board:
     def say(self, text: str) -> None:
         """One line, whatever the bars do."""
         if self._json:
-            tell("say", text=text.strip())
+            tell("say", text=shown(text.strip()))
         else:
             self.console.print(shown(text), markup=False, highlight=False, soft_wrap=True)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import BadInput, BrokenFile, Locked
-from .store import Place, Remote
+from .store import Place
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -35,7 +35,7 @@ def check_plain(path: Place) -> None:
     Raises:
         BrokenFile: it is one.
     """
-    if isinstance(path, Remote):  # a storage has neither
+    if not isinstance(path, Path):
         return
     try:
         mode = path.stat().st_mode

@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -88,11 +88,9 @@ class Remote:
 
     Args:
         url: checked.
-        length: of the file in bytes, where it was listed.
     """
 
     url: str
-    length: int | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         return self.url
@@ -139,13 +137,6 @@ class Remote:
     def is_symlink(self) -> bool:
         return False
 
-    def size(self) -> int:
-        """Bytes of the file."""
-        if self.length is not None:
-            return self.length
-        with _asked(self):
-            return int(self._files.size(self.url))
-
     def read_bytes(self) -> bytes:
         with _asked(self):
             return bytes(self._files.cat_file(self.url))
@@ -176,9 +167,8 @@ class Remote:
         with _asked(self):
             files = self._files
             top = str(files._strip_protocol(self.url)).rstrip("/") + "/"
-            found = files.find(self.url, detail=True).items()
-            sizes = {str(key)[len(top) :]: about.get("size") for key, about in found if str(key).startswith(top)}
-        return [(PurePosixPath(name), Remote(f"{self.url}/{name}", sizes[name])) for name in sorted(sizes, key=PurePosixPath)]
+            names = [str(key)[len(top) :] for key in files.find(self.url) if str(key).startswith(top)]
+        return sorted((PurePosixPath(name), self / name) for name in names)
 
 
 Place = Path | Remote

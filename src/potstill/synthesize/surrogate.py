@@ -11,8 +11,6 @@ import io
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data import Kept, Pixels, check_rows, check_unpacked, decode
-from ..errors import BadInput, BrokenFile, Failed, Refused
+from ..data import Kept, check_rows, check_unpacked, decode
+from ..errors import BadInput, BrokenFile, Refused
 from ..noise import Noise
 from ..ranks import ALONE, Ranks
 from ..state import read_json, replacing, sha256, write_json
@@ -297,26 +295,22 @@ def _checked(folder: Place) -> Iterator[tuple[Place, Path, dict[str, Any]]]:
                 yield path, file, entry
 
 
-def _parts(folder: Place, wanted: Callable[[str], bool]) -> Iterator[tuple[Place, Path, int, dict[str, list[Any]]]]:
-    """Those columns of a few rows at a time: of which shard, its file here, and the number of the first row in it.
-
-    Each shard is checked against the manifest.
-    """
-    for path, file, entry in _checked(folder):
-        try:
-            with pq.ParquetFile(file) as shard:
-                rows, schema = shard.metadata.num_rows, shard.schema_arrow
-                if not _is_ours(schema) or rows != entry.get("rows"):
-                    raise BrokenFile(f"{path}: not a shard of {entry.get('rows')} images; {rows} rows of {', '.join(schema.names)}")
-                check_rows(rows, file.stat().st_size, str(path))
-                first, names = 0, [name for name in schema.names if wanted(name)]
-                for part in shard.iter_batches(_READ, columns=names) if names else ():
-                    yield path, file, first, {name: part.column(name).to_pylist() for name in names}
-                    first += part.num_rows
-        except BadInput:
-            raise
-        except (pa.ArrowException, ValueError, OSError) as error:
-            raise BrokenFile(f"{path}: not a parquet shard ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
+def _cells(path: Place, file: Path, entry: dict[str, Any], wanted: Callable[[str], bool]) -> Iterator[tuple[int, dict[str, list[Any]]]]:
+    """Those columns of a shard, a few rows at a time, with the number of the first of them."""
+    try:
+        with pq.ParquetFile(file) as shard:
+            rows, schema = shard.metadata.num_rows, shard.schema_arrow
+            if not _is_ours(schema) or rows != entry.get("rows"):
+                raise BrokenFile(f"{path}: not a shard of {entry.get('rows')} images; {rows} rows of {', '.join(schema.names)}")
+            check_rows(rows, file.stat().st_size, str(path))
+            first, names = 0, [name for name in schema.names if wanted(name)]
+            for part in shard.iter_batches(_READ, columns=names) if names else ():
+                yield first, {name: part.column(name).to_pylist() for name in names}
+                first += part.num_rows
+    except BadInput:
+        raise
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise BrokenFile(f"{path}: not a parquet shard ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
 
 
 def read(folder: str | Path | Remote) -> Kept:
@@ -343,22 +337,25 @@ def read(folder: str | Path | Remote) -> Kept:
 
 def parts(folder: str | Path | Remote) -> Iterator[Kept]:
     """The images of a surrogate, one shard at a time. Arguments and errors are those of :func:`read`."""
-    whole: Kept | None = None
+    first: Kept | None = None
     unpacked = packed = 0
-    for path, few in groupby(_parts(place(folder), lambda name: name in ("image", "values")), key=itemgetter(0)):
+    for path, file, entry in _checked(place(folder)):
+        packed += file.stat().st_size
         images: list[npt.NDArray[Any]] = []
-        for _, file, row, part in few:
-            packed += 0 if images else file.stat().st_size
-            shape = images[0].shape if images else None if whole is None else whole.shape[1:]
-            for image in _values(part["values"], path, shape) if "values" in part else _decoded(part["image"], path, row, shape):
+        for row, cells in _cells(path, file, entry, lambda name: name in ("image", "values")):
+            shape = first.shape[1:] if first is not None else images[0].shape if images else None
+            found = _values(cells["values"], path, shape) if "values" in cells else _decoded(cells["image"], path, row, shape)
+            for image in found:
                 images.append(image)
                 unpacked += image.nbytes
                 check_unpacked(unpacked, packed, str(folder))
-        found: Kept = np.stack(images)
-        if whole is not None and found.dtype != whole.dtype:
-            raise BrokenFile(f"{path}: {found.dtype}, others are {whole.dtype}")
-        whole = found if whole is None else whole
-        yield found
+        if not images:
+            continue
+        part = np.stack(images)
+        if first is not None and part.dtype != first.dtype:
+            raise BrokenFile(f"{path}: {part.dtype}, others are {first.dtype}")
+        first = part if first is None else first
+        yield part
 
 
 def _on_disk(found: Iterator[Kept], source: Place) -> Kept:
@@ -375,7 +372,7 @@ def _on_disk(found: Iterator[Kept], source: Place) -> Kept:
         return kept
 
 
-def _decoded(cells: list[Any], path: Place, first: int, shape: tuple[int, ...] | None) -> Iterator[Pixels]:
+def _decoded(cells: list[Any], path: Place, first: int, shape: tuple[int, ...] | None) -> Iterator[npt.NDArray[np.uint8]]:
     for row, cell in enumerate(cells, first):
         where = f"{path}, row {row}"
         if cell is None or cell["bytes"] is None:
@@ -404,28 +401,20 @@ def columns(folder: str | Path | Remote) -> dict[str, list[Any]]:
         BrokenFile: as :func:`read`.
     """
     found: dict[str, list[Any]] = {}
-    for *_, part in _parts(place(folder), lambda name: name not in _FIELDS and name != "values"):
-        for name, cells in part.items():
-            found.setdefault(name, []).extend(cells)
+    for path, file, entry in _checked(place(folder)):
+        for _, cells in _cells(path, file, entry, lambda name: name not in _FIELDS and name != "values"):
+            for name, values in cells.items():
+                found.setdefault(name, []).extend(values)
     return found
 
 
-def missing(folder: Path) -> Place | None:
-    """The first shard that the manifest names and that is not there, if any. A storage that does not answer is not said to lack one.
+def missing(folder: Path) -> Path | None:
+    """The first shard that the manifest names and that is not there, if any. A storage is not asked: what it holds is looked at when read.
 
     Raises:
         BrokenFile: the manifest is none.
     """
-    home = _home(folder)
-    if isinstance(home, Path):
-        return next((path for path, _ in _shards(folder) if not path.exists()), None)
-    try:
-        there = {str(name) for name, _ in home.find()}  # asked once for all of them
-    except FileNotFoundError:
-        there = set()
-    except Failed:
-        return None
-    return next((path for path, _ in _shards(folder) if path.name not in there), None)
+    return next((path for path, _ in _shards(folder) if isinstance(path, Path) and not path.exists()), None)
 
 
 def check(folder: str | Path | Remote) -> None:
