@@ -29,7 +29,8 @@ STEPS = {"steps": 4, "batch": 8}
 SEVERAL = {"student": None, "students": WIDTHS, "evaluate": None, "report": None}
 EVERYTHING = {
     "distill": {
-        "generate": STEPS | {"ema": 0.9, "clip": 1.0, "augment": {"shift": 1}, "perceptual": [{"nodes": "z*"}]},
+        "generate": STEPS
+        | {"ema": 0.9, "clip": 1.0, "augment": {"shift": 1}, "perceptual": [{"nodes": "z*"}], "energy": [{"kind": "batchnorm"}]},
         "infer": STEPS | {"rules": [{"nodes": "*"}]},
         "scratch": STEPS,
         "continual": STEPS,
