@@ -122,7 +122,7 @@ def network(net: config.Net) -> Network:
                 raise BadInput(f"a {net.kind} model is a prior; it is trained, and is no teacher")
     except ValueError as error:
         raise BadInput(str(error)) from None
-    except (RuntimeError, MemoryError, OverflowError) as error:  # it does not fit in memory, or in a tensor
+    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:  # it does not fit in memory, or in a tensor
         raise BadInput(f"a {net.kind} of these numbers cannot be made: {(str(error).splitlines() or [''])[0]}") from None
 
 
@@ -198,13 +198,21 @@ def pretrained(path: str) -> Network:
         wrong = error.errors()[0]
         path_in_it = ".".join(str(part) for part in wrong["loc"][1:])
         raise BadInput(f"{folder / 'config.json'}: {path_in_it or 'family'}: {wrong['msg']}") from None
-    weights = folder / "model.safetensors"
+    return _filled(section, folder / "model.safetensors").eval()
+
+
+def _filled(section: config.Net, weights: Path) -> Network:
+    """The network of that description with the weights of a file.
+
+    Raises:
+        BadInput: the file is broken, holds NaN, or is of another network.
+    """
     tensors = read_tensors(weights)
     with torch.device("meta"):  # so that a description of terabytes is found out by the file, not by the memory
         check_weights(tensors, network(section), weights)
     net = network(section)
     net.load_state_dict(tensors)
-    return net.eval()
+    return net
 
 
 def denoiser(path: str, steps: int | None = None, sampler: Literal["ddim", "ddpm"] | None = None) -> UNet:
@@ -225,7 +233,7 @@ def denoiser(path: str, steps: int | None = None, sampler: Literal["ddim", "ddpm
         return UNet.of(prior.unet, prior.scheduler, steps, sampler)
     except BadInput:
         raise
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:  # a description is whatever is in the folder
         raise BadInput(f"{path}: {reason(error)}") from None
 
 
@@ -242,13 +250,13 @@ def text_to_image_teacher(section: config.Pretrained) -> LatentDiffusion:
         raise BadInput(
             f"{section.path}: as a text-to-image teacher, a UNet2DConditionModel with an AutoencoderKL and a text encoder is expected"
         )
-    told, nothing = (prior.condition(texts, None).arguments for texts in (section.prompts, [section.negative]))
     try:
+        told, nothing = (prior.condition(texts, None).arguments for texts in (section.prompts, [section.negative]))
         net = Told(prior.unet, told, nothing if section.guidance_scale != 1 else None, section.guidance_scale)
         return LatentDiffusion.of(prior.unet, prior.scheduler, prior.vae, prior.image_shape, net, section.chain, section.sampler)
     except BadInput:
         raise
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:  # a description is whatever is in the folder
         raise BadInput(f"{section.path}: {reason(error)}") from None
 
 
@@ -339,9 +347,7 @@ def loaded(section: config.Teacher, trained: Path, allowed: Sequence[str]) -> Mo
                 raise BadInput("teacher: not trained yet; run the train stage first")
             model = pretrained(str(trained)).model()
         case config.Weights():
-            net = network(section.net)
-            load_weights(net, Path(section.path).expanduser())
-            model = net.model()
+            model = _filled(section.net, Path(section.path).expanduser()).model()
         case config.KD4DGM():
             model = kd4dgm(section.path, section.image, section.std).model()
         case config.Transformers():

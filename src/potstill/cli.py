@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .errors import BadInput, Failed
+from .errors import BadInput, Failed, shown
 from .ranks import ALONE, Ranks, launched, together
-from .store import is_url, redacted
+from .store import is_url
 from .worker import INTERRUPTED
 
 STAGES = {
@@ -63,6 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     with_run("run", "every stage that the recipe has")
     for name, help in STAGES.items():
         with_run(name, help)
+    export = commands.add_parser("export", help="write the student of a finished run for other programs: ONNX, torch.export, diffusers")
+    export.add_argument("run", metavar="RUN_DIR", help="folder of a run, or of a model")
+    export.add_argument("--to", required=True, choices=("onnx", "torch-export", "diffusers"), help="what is written")
+    export.add_argument("--out", type=Path, metavar="FOLDER", help="a new folder; by default export/TO in the run's")
+    export.add_argument("--int8", action="store_true", help="of onnx, also one in 8 bits, calibrated without data; says what it costs")
+    export.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE", help="allow code of this module")
     commands.add_parser("schema", help="print the recipe's JSON schema")
     commands.add_parser("zoo", help="list the models that come with potstill")
     doctor = commands.add_parser("doctor", help="what works here; what is damaged in a run's folder; what is wrong with a model")
@@ -90,12 +96,13 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         sys.path.insert(0, os.getcwd())  # where an allowed module is looked for first, as python -m does
     from . import pipeline
     from .report.tables import text_table, verdict
+    from .state import read_json
 
     stages = None if arguments.command in ("demo", "run") else (arguments.command,)
     pipeline.execute(recipe, folder, stages, tuple(arguments.modules), arguments.quiet, ranks, arguments.log_json)
     metrics = folder / "metrics.json"
     if arguments.command in ("demo", "run", "evaluate") and metrics.exists():
-        found = json.loads(metrics.read_text(encoding="utf-8"))
+        found = read_json(metrics)
         print(text_table(found))
         print(verdict(found))
     if (folder / "report.html").exists() and arguments.command in ("demo", "run", "report"):
@@ -166,6 +173,14 @@ def _examine(teacher: str, modules: Sequence[str]) -> None:
     print("\n".join([*summary(model), "nothing wrong was found"]))
 
 
+def _export(arguments: argparse.Namespace) -> None:
+    if arguments.modules:
+        sys.path.insert(0, os.getcwd())
+    from .export import export, summary
+
+    print("\n".join(summary(export(arguments.run, arguments.to, arguments.out, arguments.int8, arguments.modules))))
+
+
 def _schema() -> None:
     from .config import Recipe
 
@@ -215,11 +230,10 @@ def _complain(text: str, log_json: bool = False) -> None:
     if log_json:
         from .progress import tell  # late, for it brings rich
 
-        tell("error", text=redacted(text))
+        tell("error", text=text)
         return
-    for line in redacted(text).splitlines() or [""]:
-        # A message may quote a file: what a terminal would act on is written out.
-        print("potstill:", "".join(c if c.isprintable() else repr(c)[1:-1] for c in line), file=sys.stderr)
+    for line in text.splitlines() or [""]:
+        print("potstill:", shown(line), file=sys.stderr)  # a message may quote a file
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -248,6 +262,8 @@ def _ended(words: Sequence[str], ranks: Ranks) -> tuple[int, str | None]:
                     _zoo()
                 case "doctor":
                     _doctor(arguments.run, arguments.teacher, arguments.modules)
+                case "export":
+                    _export(arguments)
                 case _:
                     _run(arguments, ranks)
             sys.stdout.flush()
@@ -263,6 +279,8 @@ def _ended(words: Sequence[str], ranks: Ranks) -> tuple[int, str | None]:
         return 1, f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     except Failed as error:
         return 1, str(error)
+    except MemoryError:
+        return 1, "out of memory"
     return 0, None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import re
 import reprlib
@@ -27,16 +28,13 @@ from pydantic import (
     model_validator,
 )
 
-from .errors import RecipeError
-from .store import checked, is_url, redacted
+from .errors import RecipeError, has_token, shown
+from .store import checked, is_url
 
 MAX_RECIPE_BYTES = 1 << 20
 MAX_RECIPE_DEPTH = 32
-
-
-def _shown(text: str) -> str:
-    """The text with what a terminal would act on written out, and secrets left out: what is in a recipe gets into messages."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in redacted(text))
+MAX_RECIPE_VALUES = 10_000  # PyYAML reads that many in a second or two
+MAX_PROBLEMS = 100  # that are told at once
 
 
 class Section(BaseModel):
@@ -283,7 +281,7 @@ class UNetNet(Section):
     multipliers: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=8)] = Field(
         default=(1, 2), description="channels of each level, in units of the width; each level but the first halves the image"
     )
-    layers: Count = Field(default=1, description="residual blocks in a level")
+    layers: Annotated[int, Field(ge=1, le=64), _NUMERIC] = Field(default=1, description="residual blocks in a level")
     prediction: Literal["epsilon", "v", "sample", "flow"] = "epsilon"
     sampler: Literal["ddim", "ddpm"] = Field(default="ddim", description="a flow takes Euler's steps")
     steps: Annotated[int, Field(ge=1, le=2**16), _NUMERIC] = Field(default=50, description="links of its chain")
@@ -907,6 +905,9 @@ class Recipe(Section):
     train: Train | None = None
     teacher: Teacher | None = None
     student: Student | None = None
+    students: Annotated[tuple[Count, ...], Field(min_length=1)] | None = Field(
+        default=None, description="widths of several students, in place of student; those of an arm and a seed share the teacher's work"
+    )
     surrogate: Surrogate | None = None
     surrogates: dict[Name, Surrogate] = Field(default={}, description="further ones by name, for arms that say so")
     distill: Distill | None = None
@@ -914,6 +915,11 @@ class Recipe(Section):
     evaluate: Evaluate | None = None
     report: Report | None = None
     compute: Compute = Compute()
+
+    @property
+    def widths(self) -> tuple[int | None, ...]:
+        """Of the students of each arm and seed; ``None`` for the one that the section student describes."""
+        return self.students or (None,)
 
     @property
     def synthesized(self) -> dict[str, Surrogate]:
@@ -941,10 +947,10 @@ class Recipe(Section):
         """Folders of all surrogates that an arm trains on."""
         return tuple(dict.fromkeys(f for phase in ("link", "generate", "infer", "scratch") for f in self.images_of(arm, phase)))
 
-    @field_validator("seeds", "arms")
+    @field_validator("seeds", "arms", "students")
     @classmethod
-    def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        names = [v.title if isinstance(v, Arm) else v for v in values]
+    def _distinct(cls, values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+        names = [v.title if isinstance(v, Arm) else v for v in values or ()]
         if len(set(names)) < len(names):
             raise ValueError(f"two are the same: {', '.join(map(str, names))}")
         return values
@@ -967,7 +973,9 @@ class Recipe(Section):
             problems.append(f"{'surrogate' if self.surrogate else 'surrogates'}: needs a teacher")
         if self.distill and not self.teacher:
             problems.append("distill: needs a teacher")
-        if self.distill and not self.student:
+        if self.student and self.students:
+            problems.append("students: widths in place of student; give one of the two")
+        if self.distill and not (self.student or self.students):
             problems.append("distill: needs a student")
         for arm in self.arms if self.distill else ():
             if unknown := [f for f in self.every_image_of(arm) if f not in self.synthesized]:
@@ -1055,7 +1063,7 @@ _Dumper.add_implicit_resolver(_NUMBER, re.compile(f"^(?:{_DECIMAL})$"), list("-+
 
 def _parse(text: str, source: str) -> Any:
     try:
-        depth = 0
+        depth = values = 0
         for event in yaml.parse(text, Loader=_Loader):
             if isinstance(event, yaml.AliasEvent):
                 raise RecipeError(f"line {event.start_mark.line + 1}: aliases are not allowed; write the value out")
@@ -1063,6 +1071,9 @@ def _parse(text: str, source: str) -> Any:
                 tag = event.tag.replace("tag:yaml.org,2002:", "!!")
                 raise RecipeError(f"line {event.start_mark.line + 1}: tags such as {tag} are not allowed; write the value plainly")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            values += isinstance(event, yaml.ScalarEvent)
+            if values > MAX_RECIPE_VALUES:
+                raise RecipeError(f"line {event.start_mark.line + 1}: more than {MAX_RECIPE_VALUES} values and keys until here")
             if depth > MAX_RECIPE_DEPTH:
                 raise RecipeError(f"line {event.start_mark.line + 1}: nested more than {MAX_RECIPE_DEPTH} deep")
         return yaml.load(text, Loader=_Loader)
@@ -1070,9 +1081,9 @@ def _parse(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RecipeError(_shown(f"{source}: {where}not YAML: {problem}")) from None
+        raise RecipeError(shown(f"{source}: {where}not YAML: {problem}")) from None
     except (ValueError, RecursionError) as error:
-        raise RecipeError(_shown(f"{source}: {error}")) from None
+        raise RecipeError(shown(f"{source}: {error}")) from None
 
 
 def _override(tree: dict[Any, Any], assignment: str) -> None:
@@ -1100,9 +1111,14 @@ def _override(tree: dict[Any, Any], assignment: str) -> None:
             raise RecipeError(f"{assignment}: {'.'.join(keys[:i])} is no section of the recipe")
 
 
+@functools.cache
+def _schema() -> dict[str, Any]:
+    return Recipe.model_json_schema()
+
+
 def _known_keys(location: Sequence[int | str]) -> list[str]:
     """Keys that the model at the location of an unknown key would have taken, for a suggestion."""
-    schema = Recipe.model_json_schema()
+    schema = _schema()
     definitions = schema["$defs"]
     candidates = [schema]
     for part in location:
@@ -1149,6 +1165,26 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 
 
+def _secret(tree: Any, place: str = "") -> str | None:
+    """Where plain data has an access token of the Hub, as a value or as a key."""
+    if isinstance(tree, str):
+        return place if has_token(tree) else None
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
+    for key, value in pairs:
+        path = f"{place}.{key}" if place else str(key)
+        if found := _secret(str(key), path) or _secret(value, path):
+            return found
+    return None
+
+
+def _check_secret(tree: Any, source: str = "") -> None:
+    if place := _secret(tree):
+        where = f"{source}: {place}" if source else place
+        raise RecipeError(
+            shown(f"{where}: an access token of the Hub; what is written here gets into reports and cards: set HF_TOKEN instead")
+        )
+
+
 def _dotted(location: Sequence[int | str]) -> str:
     """The path as the user wrote it: without the names that pydantic gives to the members of a union."""
     unions, tags = (
@@ -1173,10 +1209,13 @@ def check(tree: Any) -> Recipe:
     """
     if not isinstance(tree, dict):
         raise RecipeError(f"recipe: a mapping of sections is expected, found {_kind(tree)}")
+    _check_secret(tree)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(_shown("\n".join(map(_problem, error.errors())))) from None
+        found = error.errors()
+        lines = [*map(_problem, found[:MAX_PROBLEMS]), *([f"and {len(found) - MAX_PROBLEMS} more"] if len(found) > MAX_PROBLEMS else [])]
+        raise RecipeError(shown("\n".join(lines))) from None
 
 
 def read_tree(path: str | Path) -> Any:
@@ -1197,7 +1236,9 @@ def read_tree(path: str | Path) -> Any:
         raise RecipeError(f"{path}: cannot be read ({error})") from None
     if len(data) > MAX_RECIPE_BYTES:
         raise RecipeError(f"{path}: more than {MAX_RECIPE_BYTES} bytes; a recipe is a page of text")
-    return _parse(text, str(path))
+    tree = _parse(text, str(path))
+    _check_secret(tree, str(path))
+    return tree
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

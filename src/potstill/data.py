@@ -21,6 +21,7 @@ import numpy.typing as npt
 from .config import DigitsData, FileData, GlyphsData, OldFaithfulData, StrokesData, ValuesData
 from .errors import BadInput, Failed
 from .noise import Noise
+from .state import check_plain
 from .store import Place, Remote, fetched, place
 
 if TYPE_CHECKING:
@@ -32,11 +33,18 @@ Values = npt.NDArray[np.float32]
 Kept = Pixels | Values  # pixels, or what is no picture
 Labels = npt.NDArray[np.int64]
 Classes = list[str]
+Item = tuple[str, Pixels, int]  # what an image is called, the image, and bytes of its file that no image before it has counted
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 MAX_PIXELS = 4096 * 4096
 MAX_VALUES = 2**28
 MAX_CSV_BYTES = 2**28
+MAX_LABEL = 2**31
+# What a file may unpack to: that much, or so many times its size where that is more. A few kilobytes can hold terabytes of one color.
+MAX_UNPACKED, MAX_RATIO = 2**28, 100
+MAX_SCANS = 100  # of a JPEG, each of which is a pass over all of its pixels; progressive ones have about ten
+_FEW_ROWS = 10_000
+_DECODED = 64  # rows of a parquet file that are in memory as encoded images
 # What Pillow turns into 8-bit gray or color without losing range: 16-bit images would be clipped to white.
 _CONVERTIBLE = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
 
@@ -93,6 +101,34 @@ def floats(images: Kept) -> Tensor:
     return x.float().div_(255) if x.dtype == torch.uint8 else x
 
 
+def check_unpacked(unpacked: int, packed: int, where: str) -> None:
+    """See that a file, or several, do not hold far more than their size tells.
+
+    Args:
+        unpacked: bytes that are, or would be, in memory.
+        packed: bytes on disk.
+        where: what to call them in an error.
+
+    Raises:
+        BadInput: they do.
+    """
+    if unpacked > max(MAX_UNPACKED, MAX_RATIO * packed):
+        raise BadInput(
+            f"{where}: {packed} bytes that unpack to {unpacked} or more, over {MAX_RATIO} times as many; if that is meant, "
+            "store it unpacked, as numpy.savez does"
+        )
+
+
+def check_rows(rows: int, packed: int, where: str) -> None:
+    """See that a parquet file of encoded images does not repeat a few of them endlessly, which takes next to no room there.
+
+    Raises:
+        BadInput: it does.
+    """
+    if rows > max(_FEW_ROWS, packed // 16):
+        raise BadInput(f"{where}: {rows} rows in {packed} bytes; no images are that small")
+
+
 def decode(data: bytes, where: str, mode: str | None = None, size: int | None = None) -> npt.NDArray[np.uint8]:
     """One encoded image to ``(C, H, W)`` uint8.
 
@@ -107,6 +143,8 @@ def decode(data: bytes, where: str, mode: str | None = None, size: int | None = 
     """
     from PIL import Image, UnidentifiedImageError
 
+    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_SCANS:
+        raise BadInput(f"{where}: a JPEG of {data.count(bytes((255, 218)))} scans; at most {MAX_SCANS} are read")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's advice on palettes and broken metadata is not for the user
@@ -143,10 +181,12 @@ def _pixels(image: Image, where: str, mode: str | None, size: int | None) -> npt
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
-def _stack(items: Iterable[tuple[str, npt.NDArray[np.uint8]]], source: str) -> Pixels:
+def _stack(items: Iterable[Item], source: str) -> Pixels:
     images: list[npt.NDArray[np.uint8]] = []
-    first = ""
-    for where, image in items:
+    first, unpacked, packed = "", 0, 0
+    for where, image, size in items:
+        unpacked, packed = unpacked + image.nbytes, packed + size
+        check_unpacked(unpacked, packed, source)
         if images and image.shape != images[0].shape:
             raise BadInput(
                 f"{where}: {_size(image)}, but {first} is {_size(images[0])}; all must be alike. Set data.size or data.mode to convert"
@@ -165,7 +205,13 @@ def _size(image: npt.NDArray[np.uint8]) -> str:
 
 def _read_folder(path: Place, data: FileData) -> tuple[Pixels, Classes | None]:
     files = [(name, p) for name, p in _below(path) if name.suffix.lower() in SUFFIXES]
-    images = _stack(((str(p), decode(_bytes(p), str(p), data.mode, data.size)) for _, p in files), str(path))
+
+    def decoded() -> Iterator[Item]:
+        for _, file in files:
+            content = _bytes(file)
+            yield str(file), decode(content, str(file), data.mode, data.size), len(content)
+
+    images = _stack(decoded(), str(path))
     parents = [name.parent.as_posix() for name, _ in files]
     return images, parents if len(set(parents)) > 1 and "." not in parents else None  # one subfolder per class
 
@@ -178,6 +224,7 @@ def _below(path: Place) -> list[tuple[PurePosixPath, Place]]:
 
 
 def _bytes(path: Place) -> bytes:
+    check_plain(path)
     try:
         return path.read_bytes()
     except OSError as error:
@@ -210,29 +257,37 @@ def _read_parquet(path: Place, data: FileData) -> tuple[Pixels, Labels | None]:
         files = [*sorted(path.glob("*.parquet"))] if path.is_dir() else [path]
     if not files:
         raise BadInput(f"{path}: no parquet files in it")
-    items: list[tuple[str, npt.NDArray[np.uint8]]] = []
     labels: list[Labels | None] = []
-    for file in files:
+
+    def decoded(file: Place) -> Iterator[Item]:
         try:
-            with _here(file) as local:
-                names = pq.read_schema(local).names
+            check_plain(file)
+            with _here(file) as local, local.open("rb") as content, pq.ParquetFile(content) as source:
+                names = source.schema_arrow.names
                 column = _choose(names, data.image, ("image", "img", "images"), file, "image")
                 label = _choose(names, data.label, ("label", "labels"), file, "label", needed=data.label is not None)
-                table = pq.read_table(local, columns=[column, *([label] if label else [])])
-            cells, values = table[column].to_pylist(), table[label].to_pylist() if label else None
+                packed = content.seek(0, 2)
+                check_rows(source.metadata.num_rows, packed, str(file))
+                row = 0
+                # A few at a time: a column that says one picture again and again is as large in memory as all of them.
+                for part in source.iter_batches(_DECODED, columns=[column]):
+                    for cell in part.column(column).to_pylist():
+                        where = f"{file}, row {row}"
+                        encoded = cell.get("bytes") if isinstance(cell, dict) else cell
+                        if not isinstance(encoded, bytes):
+                            found = type(encoded).__name__
+                            raise BadInput(f"{file}: column {column!r}, row {row}: encoded image bytes are expected, found {found}")
+                        yield where, decode(encoded, where, data.mode, data.size), 0 if row else packed
+                        row += 1
+                values = source.read(columns=[label])[label].to_pylist() if label else None
         except BadInput:
             raise
         except (pa.ArrowException, KeyError, ValueError, OSError) as error:
             raise BadInput(f"{file}: not a parquet file that can be read ({_first_line(error)})") from None
-        for row, cell in enumerate(cells):
-            content = cell.get("bytes") if isinstance(cell, dict) else cell
-            if not isinstance(content, bytes):
-                raise BadInput(f"{file}: column {column!r}, row {row}: encoded image bytes are expected, found {type(content).__name__}")
-            where = f"{file}, row {row}"
-            items.append((where, decode(content, where, data.mode, data.size)))
         wanted = f"{file}: column {label!r}"
-        labels.append(_labels(values, len(cells), wanted) if label and (data.label or _whole(values)) else None)
-    images = _stack(items, str(path))
+        labels.append(_labels(values, row, wanted) if label and (data.label or _whole(values)) else None)
+
+    images = _stack((item for file in files for item in decoded(file)), str(path))
     found = [part for part in labels if part is not None]
     return images, np.concatenate(found) if len(found) == len(labels) else None
 
@@ -252,17 +307,27 @@ def _first_line(error: Exception) -> str:
 
 
 def _whole(values: Any) -> bool:
-    return np.issubdtype(np.asarray(values).dtype, np.integer)
+    return np.issubdtype(_as_array(values).dtype, np.integer)
+
+
+def _as_array(values: Any) -> npt.NDArray[Any]:
+    """The values as numpy takes them; lists of unequal lengths as objects."""
+    try:
+        return np.asarray(values)
+    except ValueError:
+        return np.empty(len(values), dtype=object)
 
 
 def _labels(values: Any, images: int, where: str) -> Labels:
-    array = np.asarray(values)
+    array = _as_array(values)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
         raise BadInput(f"{where}: one whole number per image is expected, found {array.dtype} of shape {array.shape}")
     if len(array) != images:
         raise BadInput(f"{where}: {len(array)} labels for {images} images")
     if images and array.min() < 0:
         raise BadInput(f"{where}: label {array.min()}; labels count from 0")
+    if images and array.max() >= MAX_LABEL:
+        raise BadInput(f"{where}: label {array.max()}; labels are below {MAX_LABEL}")
     return array.astype(np.int64)
 
 
@@ -275,20 +340,31 @@ def _choose(names: list[str], wanted: str | None, usual: tuple[str, ...], path: 
     return found
 
 
+def _member(archive: Any, name: str, packed: int, where: str) -> npt.NDArray[Any]:
+    """An array of an npz file that does not unpack to far more than its size tells."""
+    entries = [entry.file_size for entry in archive.zip.infolist() if entry.filename in (name, f"{name}.npy")]
+    check_unpacked(max(entries), packed, where)
+    return np.asarray(archive[name])
+
+
 def _read_npz(path: Place, data: FileData) -> tuple[Pixels, Labels | None]:
+    check_plain(path)
     try:
         with _here(path) as local, local.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             names = list(archive.files)
             column = _choose(names, data.image, ("image", "images", "img", "x", "arr_0"), path, "image")
             label = _choose(names, data.label, ("label", "labels", "y"), path, "label", needed=data.label is not None)
-            images, values = np.asarray(archive[column]), archive[label] if label else None
+            assert column is not None  # needed
+            packed = file.seek(0, 2)
+            images, values = (_member(archive, name, packed, str(path)) if name else None for name in (column, label))
+            assert images is not None
     except (BadInput, Failed):
         raise
     except Exception as error:  # numpy raises whatever the zip, the header or the pickle inside provokes
         raise BadInput(f"{path}: not an npz file of plain arrays ({_first_line(error)})") from None
     pixels = quantized(images, str(path))
     if data.mode is not None or data.size is not None:
-        pixels = _stack(((str(path), _converted(image, str(path), data.mode, data.size)) for image in pixels), str(path))
+        pixels = _stack(((str(path), _converted(image, str(path), data.mode, data.size), image.nbytes) for image in pixels), str(path))
     labeled = label and (data.label or _whole(values))
     return pixels, _labels(values, len(pixels), f"{path}: array {label!r}") if labeled else None
 
@@ -316,12 +392,16 @@ def quantized(images: npt.NDArray[Any], where: str) -> Pixels:
     if not np.issubdtype(images.dtype, np.floating):
         raise BadInput(f"{where}: images of type {images.dtype}; uint8, or floats in [0, 1], are expected")
     if not np.isfinite(images).all():
-        raise BadInput(f"{where}: NaN or infinite pixels in image {int(np.argwhere(~np.isfinite(images))[0][0])}")
+        raise BadInput(f"{where}: NaN or infinite pixels in image {_first_not_finite(images)}")
     if images.min() < 0 or images.max() > 1:
         raise BadInput(
             f"{where}: pixels from {images.min():g} to {images.max():g}; floats must lie in [0, 1]; data of kind values may have any"
         )
     return np.round(images * 255).astype(np.uint8)
+
+
+def _first_not_finite(values: npt.NDArray[Any]) -> int:
+    return int(np.isfinite(values).all(axis=tuple(range(1, values.ndim))).argmin())
 
 
 def _read_values(path: Place, array: str | None) -> Values:
@@ -332,13 +412,14 @@ def _read_values(path: Place, array: str | None) -> Values:
     """
     if path.suffix.lower() == ".csv":
         return _checked(_read_csv(path), str(path))
+    check_plain(path)
     try:
         with _here(path) as local, local.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             names = list(archive.files)
             column = names[0] if array is None and len(names) == 1 else array or "x"
             if column not in names:
                 raise BadInput(f"{path}: no array {column}; it has {', '.join(names) or 'none'}. Set data.array")
-            found = np.asarray(archive[column])
+            found = _member(archive, column, file.seek(0, 2), str(path))
     except (BadInput, Failed):
         raise
     except Exception as error:  # numpy raises whatever the zip, the header or the pickle inside provokes
@@ -376,7 +457,7 @@ def _checked(values: npt.NDArray[Any], where: str) -> Values:
     with np.errstate(over="ignore"):
         found = np.ascontiguousarray(values.reshape(*values.shape, *[1] * (4 - values.ndim)), dtype=np.float32)
     if not np.isfinite(found).all():
-        raise BadInput(f"{where}: a value that is no finite number of 32 bits in row {int(np.argwhere(~np.isfinite(found))[0][0])}")
+        raise BadInput(f"{where}: a value that is no finite number of 32 bits in row {_first_not_finite(found)}")
     return found
 
 

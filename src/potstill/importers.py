@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import reprlib
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ from .errors import BadInput, BrokenFile
 from .families.lvae import LVAE
 from .families.own import from_autoencoder, from_logits
 from .model import Images, Model
-from .state import check_weights, read_json, read_tensors
+from .state import check_plain, check_weights, read_description, read_json, read_tensors
 
 _NESTED = ("state_dict", "model_state_dict", "model")
+_LARGEST = 4096  # channels, height or width
+_DEEPEST = 8  # levels of those in each other; a pickle may hold a mapping that holds itself
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -31,6 +35,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     file = Path(path).expanduser()
     if file.suffix == ".safetensors":
         return _plain_names(read_tensors(file))
+    check_plain(file)
+    _check_archive(file)
     try:
         found: Any = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -41,14 +47,44 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
                 f"{file}: holds a {held[1]}, and reading it could run code; save the tensors alone: torch.save(net.state_dict(), path)"
             ) from None
         raise BrokenFile(f"{file}: not a file that torch.save wrote, or not whole ({(str(error).splitlines() or [''])[0][:80]})") from None
-    while (
-        isinstance(found, Mapping) and (inner := next((found[k] for k in _NESTED if isinstance(found.get(k), Mapping)), None)) is not None
-    ):
+    for _ in range(_DEEPEST):
+        inner = next((found[k] for k in _NESTED if isinstance(found.get(k), Mapping)), None) if isinstance(found, Mapping) else None
+        if inner is None:
+            break
         found = inner
     if not isinstance(found, Mapping) or not found or not all(isinstance(t, Tensor) for t in found.values()):
-        what = f"a mapping with {', '.join(map(str, list(found)[:5]))}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
+        what = f"a mapping with {', '.join(map(_short, list(found)[:5]))}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
         raise BrokenFile(f"{file}: a state dict of tensors is expected, also under {' or '.join(_NESTED)}; it holds {what}")
+    for name, tensor in found.items():
+        if not _is_plain(tensor):
+            raise BrokenFile(f"{file}: {_short(name)} is no tensor with a number of its own in each place; save net.state_dict() anew")
     return _plain_names({str(name): tensor for name, tensor in found.items()})
+
+
+def _short(key: Any) -> str:
+    return key[:60] if isinstance(key, str) else reprlib.repr(key)
+
+
+def _check_archive(file: Path) -> None:
+    """torch.save packs nothing: an archive that is packed may hold terabytes.
+
+    Raises:
+        BrokenFile: it is.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+    except Exception:  # no archive; torch says what is wrong with it
+        return
+    if packed:
+        raise BrokenFile(f"{file}: a packed archive, which torch.save does not write")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is in memory, number by number: not sparse, quantized, without data, or a few numbers told to be many."""
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_nested:
+        return False
+    return bool(tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size())
 
 
 def _plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -68,7 +104,7 @@ def kd4dgm(path: str | Path, image: tuple[int, int, int] | None = None, std: flo
         BadInput: it cannot be read, or is of another network.
     """
     tensors = read_checkpoint(path)
-    levels = max((int(m[1]) for name in tensors if (m := re.match(r"u(\d+)\.", name))), default=0)
+    levels = max((int(m[1]) for name in tensors if (m := re.match(r"u([0-9]{1,2})\.", name))), default=0)  # one a halving
     top = f"u{levels}" if levels > 1 else "u1.1"
     stem, head = tensors.get("u1.0.weight"), tensors.get(f"{top}.out.weight")
     if stem is None or head is None or stem.ndim != 4 or head.ndim != 4:
@@ -77,11 +113,18 @@ def kd4dgm(path: str | Path, image: tuple[int, int, int] | None = None, std: flo
     blocks = len({m[1] for name in tensors if (m := re.match(rf"{re.escape(top)}\.net\.(\d+)\.", name))})
     width, channels = stem.shape[:2]
     side = 2 ** (levels - 1 + blocks // 2)
+
+    def made() -> LVAE:
+        return LVAE(image or (channels, side, side), width, levels, head.shape[0] // 2, std)
+
     try:
-        net = LVAE(image or (channels, side, side), width, levels, head.shape[0] // 2, std)
-    except ValueError as error:
-        raise BadInput(f"{path}: {error}") from None
-    check_weights(tensors, net, path)
+        with torch.device("meta"):
+            check_weights(tensors, made(), path)
+    except BadInput:
+        raise
+    except (ValueError, RuntimeError) as error:
+        raise BadInput(f"{path}: {(str(error).splitlines() or [''])[0]}") from None
+    net = made()
     net.load_state_dict(tensors)
     return net.eval()
 
@@ -109,19 +152,26 @@ def transformers_classifier(
     except ImportError:
         raise BadInput("a teacher of kind transformers needs transformers: pip install 'potstill[diffusion]'") from None
     folder = Path(path).expanduser()
-    path = str(folder) if folder.is_dir() else path
+    if folder.is_dir():
+        path = str(folder)
+        read_description(folder / "config.json")
+        for file in folder.glob("*.safetensors"):
+            check_plain(file)
     try:
         net = AutoModelForImageClassification.from_pretrained(path, use_safetensors=True)
-        file = cached_file(path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-    except (OSError, ValueError, ImportError) as error:
+        found = cached_file(path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+    except Exception as error:  # what is raised for a folder that is wrong differs between versions and kinds of damage
         raise BadInput(f"{path}: no image classifier that transformers can load ({(str(error).splitlines() or [''])[0][:160]})") from None
-    told = read_json(Path(file)) if file else {}
-    factor = 255 * told.get("rescale_factor", 1 / 255) if told.get("do_rescale", True) else 255.0
-    if told.get("do_normalize", bool(told)):
-        mean, std = (given or tuple(v / factor for v in told.get(key, ())) for given, key in ((mean, "image_mean"), (std, "image_std")))
-    elif told:
-        mean, std = mean or (0.0,), std or (1 / factor,)
-    image = image or _image_shape(told, net.config)
+    told = read_description(Path(found)) if found else {}
+    try:
+        factor = 255 * told.get("rescale_factor", 1 / 255) if told.get("do_rescale", True) else 255.0
+        if told.get("do_normalize", bool(told)):
+            mean, std = (given or tuple(v / factor for v in told.get(key, ())) for given, key in ((mean, "image_mean"), (std, "image_std")))
+        elif told:
+            mean, std = mean or (0.0,), std or (1 / factor,)
+        image = image or _image_shape(told, net.config)
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise BadInput(f"{path}: its preprocessor_config.json does not describe images ({error}); give image, mean and std") from None
     if not (image and mean and std):
         lacking = " and ".join(name for name, value in (("image", image), ("mean", mean), ("std", std)) if not value)
         raise BadInput(f"{path}: its preprocessor_config.json does not say the {lacking} of its images; give them")
@@ -179,7 +229,7 @@ def pythae(
     described = read_json(folder / "model_config.json")
     shape = described.get("input_dim") if isinstance(described, dict) else None
     if images is None:
-        if not isinstance(shape, list) or len(shape) != 3:
+        if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and 0 < n <= _LARGEST for n in shape):
             raise BadInput(f"{folder / 'model_config.json'}: input_dim is {shape}; [C, H, W] is expected, or give images")
         images = Images((shape[0], shape[1], shape[2]))
     first, last = tensors.get("encoder.layers.0.0.weight"), tensors.get("encoder.embedding.weight")

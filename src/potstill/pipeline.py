@@ -28,7 +28,7 @@ from .distill import trackers
 from .distill.loop import accelerator, threads
 from .energy.statistics import FILE as ACTIVATIONS
 from .energy.view import Look
-from .errors import BadInput, BrokenFile, Failed, Refused
+from .errors import BadInput, BrokenFile, Failed, Refused, shown
 from .evaluate.arms import accuracy, cost, energies, over_seeds, quality, reconstructions, samples, shares
 from .evaluate.cost import file_mib, needed, parameters, size_mib
 from .evaluate.features import pixels
@@ -42,6 +42,8 @@ from .jobs import (
     Workshop,
     captions_of,
     check_augment,
+    final_folders,
+    groups,
     is_done,
     jobs,
     labels_shown,
@@ -55,6 +57,7 @@ from .jobs import (
     student_card,
     student_folder,
     trained_adversarially,
+    undone,
     updates,
 )
 from .model import Model
@@ -182,7 +185,8 @@ class Run:
                     "seed": r.seed,
                     "teacher": r.teacher,
                 }
-                return distill | ({"data": r.data} if self._data_needed else {})
+                sizes = {"students": r.students} if r.students else {}
+                return distill | sizes | ({"data": r.data} if self._data_needed else {})
             case "evaluate":
                 images = r.report.images if r.report else config.Report().images
                 return {"evaluate": r.evaluate, "images": images, "data": r.data, "seed": r.seed, "teacher": r.teacher}
@@ -349,7 +353,12 @@ class Run:
         sections, shop = self.recipe.synthesized, self.shop
         files = {folder: found for folder in sections if (found := self._files_of(folder))}
         depends = self._reads("synthesize") | {"weights": shop.teacher_digest} | ({"files": files} if files else {})
-        with self._stage("synthesize", depends, [self.folder / f / "manifest.json" for f in sections]) as work:
+
+        def spoiled() -> str | None:
+            gone = (surrogate.missing(self.folder / folder) for folder in sections)
+            return next((str(path).removeprefix(f"{self.folder}/") for path in gone if path is not None), None)
+
+        with self._stage("synthesize", depends, [self.folder / f / "manifest.json" for f in sections], spoiled) as work:
             if not work:
                 return
             for folder, section in sections.items():
@@ -421,7 +430,7 @@ class Run:
         return found
 
     def distill(self) -> None:
-        """Every student: arms times seeds, side by side where the machine has the cores."""
+        """Every student: arms times seeds, side by side where the machine has the cores; those of several sizes go through it together."""
         self._section("distill")
         recipe = self.recipe
         depends = self._reads("distill") | {
@@ -436,13 +445,15 @@ class Run:
         def spoiled() -> str | None:
             return next((f"students/{job.name}" for job in jobs(recipe) if not is_done(self.folder, job, identity)), None)
 
-        with self._stage("distill", depends, [self.folder / "student" / "model.safetensors"], spoiled) as work:
+        final = final_folders(recipe)
+        with self._stage("distill", depends, [self.folder / f / "model.safetensors" for f in final], spoiled) as work:
             if not work:
                 return
             todo = [job for job in jobs(recipe) if not is_done(self.folder, job, identity)]
-            workers, count = self._workers(len(todo))
+            workers, count = self._workers(sum(bool(undone(self.folder, group, identity)) for group in groups(recipe).values()))
             how = f"{workers} side by side" if self.ranks.count == 1 else f"each by {self.ranks.count} processes"
-            self.board.say(f"  {len(todo)} students, {how}")
+            together = f" in {len(recipe.widths)} sizes, those of an arm and a seed together" if recipe.students else ""
+            self.board.say(f"  {len(todo)} students{together}, {how}")
             self._say_needed(self._needs.get("distill"), workers, self._bytes_of_surrogates())
             if workers == 1:
                 with threads(count), self._stoppable() as keep_going:
@@ -455,10 +466,9 @@ class Run:
             missing = [job.name for job in todo if not is_done(self.folder, job, identity)]
             if missing:
                 raise Failed(f"distill: not done: {', '.join(missing)}; run the same command again to go on")
-            first = next((a for a in recipe.arms if a.kind == "data_free"), recipe.arms[0])
-            job = Job(first, recipe.seeds[0])
-            model = self._load_student(job)
-            save_network(model, self.folder / "student", student_card(recipe, job, updates(recipe, first), *self._sizes(model)))
+            for folder, job in final.items():
+                model = self._load_student(job)
+                save_network(model, self.folder / folder, student_card(recipe, job, updates(recipe, job.arm), *self._sizes(model)))
 
     def _bytes_of_surrogates(self) -> int:
         """Bytes of the images that trainings hold in memory; those of a storage are on the disk."""
@@ -497,7 +507,11 @@ class Run:
         if not (self.folder / "metrics.json").exists():
             raise BadInput("report: nothing measured yet; run the evaluate stage first")
         depends = self._reads("report") | {"metrics": sha256(self.folder / "metrics.json")}
-        with self._stage("report", depends, [self.folder / "report.html"]) as work:
+
+        def stale() -> str | None:
+            return "export" if page.outdated(self.folder) else None
+
+        with self._stage("report", depends, [self.folder / "report.html"], stale) as work:
             if work and self.ranks.first:
                 try:
                     page.write(self.folder)
@@ -582,7 +596,7 @@ class Run:
         return parameters(student.net), parameters(self.shop.teacher.net)
 
     def _workers(self, todo: int) -> tuple[int, int | None]:
-        """How many processes train side by side, and the threads of each.
+        """How many processes train side by side so many arms and seeds, and the threads of each.
 
         The threads follow from the recipe and the machine, not from what is left to do: a run that goes on has the bits of one that
         was not cut short.
@@ -592,7 +606,7 @@ class Run:
         own = any(section.store and section.store.startswith(_OWN) for section in self.recipe.synthesized.values())
         if self.shop.device.type != "cpu" or "RANK" in os.environ or own:
             return 1, threads_given
-        most = max(1, min(len(jobs(self.recipe)), self.recipe.compute.workers or build.cores()))
+        most = max(1, min(len(groups(self.recipe)), self.recipe.compute.workers or build.cores()))
         return max(1, min(most, todo)), threads_given or max(1, build.cores() // most)
 
     def _side_by_side(self, todo: list[Job], workers: int, count: int, identity: str) -> None:
@@ -638,7 +652,7 @@ class Run:
                 f"distill: a worker was killed by signal {-code} (9: often for want of memory); run the same command again to go on"
             )
         path = self.folder / "state" / "worker.log"
-        write_text(path, output)
+        write_text(path, shown(output))
         last = (output.strip().splitlines() or ["it said nothing"])[-1]
         raise Failed(f"distill: a worker failed: {last}; all that it said is in {path}")
 
@@ -659,7 +673,7 @@ class Run:
             except (ValueError, RuntimeError) as error:
                 raise BadInput(f"evaluate: {who}: {build.reason(error)}") from None
 
-        arms = [arm.title for arm in recipe.arms]
+        arms = {job.title: job.arm for job in jobs(recipe)}
         rows: dict[str, list[dict[str, float]]] = {name: [] for name in ("teacher", *arms)}
         floor: list[dict[str, float]] = []
         sketch = Sketch(test, shop.teacher.images.pixels)
@@ -673,8 +687,9 @@ class Run:
             if generates and len(order) > k:
                 floor.append(measured(floats(data.train.images[np.sort(order)]), "real against real"))
             reference = None
+            students = {job.title: job for job in jobs(recipe) if job.seed == seed}
             for name in rows:
-                job = None if name == "teacher" else Job(next(a for a in recipe.arms if a.title == name), seed)
+                job = students.get(name)
                 model = shop.teacher if job is None else self._load_student(job)
                 figures: dict[str, float] = {}
                 if generates and model.generate is not None:
@@ -727,7 +742,7 @@ class Run:
             "compared": self._compared(generates),
             "arms": {name: _spread(found) | counts[name] for name, found in rows.items()},
             "arms_info": {"teacher": {"label": "teacher", "updates": None, "data": "real", "note": ""}}
-            | {a.title: self._about(a) for a in recipe.arms},
+            | {name: {"label": name} | self._about(arm) for name, arm in arms.items()},
             "surrogates": surrogates,
             "seeds": list(recipe.seeds),
             "environment": environment,
@@ -812,7 +827,7 @@ class Run:
         if self.recipe.student and self.recipe.student.start:
             note = f"from the teacher's weights, {note}"
         note = "; ".join([note, " + ".join(f"{v} {k}" for k, v in counts.items()) + " updates", *extra])
-        return {"label": arm.title, "updates": sum(counts.values()), "data": "real" if arm.real else "none", "note": note}
+        return {"updates": sum(counts.values()), "data": "real" if arm.real else "none", "note": note}
 
     def _data_free_note(self, arm: config.Arm) -> str:
         if self.recipe.distill and self.recipe.distill.link:
@@ -962,7 +977,7 @@ def execute(
             if ranks.first:
                 run.check_folder()  # again, for another process may have been at work until now
                 resolved = inventory.sealed(config.dump(recipe))
-                if not path.exists() or path.read_text(encoding="utf-8") != resolved:
+                if not path.exists() or path.read_bytes() != resolved.encode():  # whatever became of it
                     write_text(path, resolved)
             ranks.wait()
             if not path.exists():

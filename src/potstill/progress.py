@@ -15,6 +15,8 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from .errors import redacted, shown
+
 LINE_SECONDS = 60.0
 PACE_SECONDS = 60.0  # of the past that a pace is measured over: what was done before a run went on is no measure
 MEMORY_SECONDS = 1.0  # between two looks at the memory
@@ -98,9 +100,9 @@ class Board:
     def say(self, text: str) -> None:
         """One line, whatever the bars do."""
         if self._json:
-            tell("say", text=text.strip())
+            tell("say", text=shown(text.strip()))
         else:
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self.console.print(shown(text), markup=False, highlight=False, soft_wrap=True)
 
     def update(self, label: str, done: int, total: int, detail: str = "", **known: float) -> None:
         """Set how far the task of that label is; the first call starts it, and the one that reaches the total removes it.
@@ -148,8 +150,9 @@ class Board:
 
 
 def tell(event: str, **content: Any) -> None:
-    """One event as a JSON object on a line of stderr."""
-    line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event} | content
+    """One event as a JSON object on a line of stderr, without secrets."""
+    line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event}
+    line |= {key: redacted(value) if isinstance(value, str) else value for key, value in content.items()}
     print(json.dumps(line), file=sys.stderr, flush=True)
 
 

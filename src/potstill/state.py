@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,13 +22,36 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 FORMAT = "potstill-state/1"
+MAX_LAYERS, MAX_TIMES = 256, 1 << 16
+MAX_JSON_BYTES = 1 << 24  # of marks and manifests, which have a line for a tensor or a file; as Python's objects they are 20 times larger
 
 # Every temporary name in a run: of a file, with the process that wrote it; of a folder, with tempfile's eight characters.
 _TEMPORARY = re.compile(r"\..+\.(\d+|[a-z0-9_]{8})\.tmp")
 
 
+def check_plain(path: Place) -> None:
+    """See that a path is no pipe, which would be waited for, and no device, which may have no end. What is not there is left to the reader.
+
+    Raises:
+        BrokenFile: it is one.
+    """
+    if not isinstance(path, Path):
+        return
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise BrokenFile(f"{path}: a pipe or a device; a file is expected")
+
+
 def sha256(path: Place) -> str:
-    """Hex digest of a file's bytes."""
+    """Hex digest of a file's bytes.
+
+    Raises:
+        BrokenFile: it is a pipe or a device.
+    """
+    check_plain(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -87,16 +111,50 @@ def read_json(path: Place) -> Any:
     """Read JSON.
 
     Raises:
-        BrokenFile: the file is missing, cannot be read, or is not JSON.
+        BrokenFile: the file is missing, cannot be read, is too large, or is not JSON.
     """
+    check_plain(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
+            raise BrokenFile(f"{path}: more than {MAX_JSON_BYTES} bytes, which is too much for what should be there")
+        return json.loads(data.decode("utf-8"))
+    except BrokenFile:
+        raise
     except FileNotFoundError:
         raise BrokenFile(f"{path}: no such file") from None
     except OSError as error:
         raise BrokenFile(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number of thousands of digits
         raise BrokenFile(f"{path}: not JSON ({error})") from None
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """The JSON in which somebody else's library describes a network or a schedule, before anything is made of it.
+
+    Raises:
+        BrokenFile: it cannot be read, is no mapping, or describes more layers, blocks or times than there are anywhere: making them one
+            by one would take hours.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise BrokenFile(f"{path}: a mapping is expected")
+    for key, value in _pairs(found):
+        if ("layers" in key or "depth" in key) and isinstance(value, (int, float)) and value > MAX_LAYERS:
+            raise BrokenFile(f"{path}: {key} is {value:g}; at most {MAX_LAYERS} are read")
+        if "block" in key and isinstance(value, list) and len(value) > MAX_LAYERS:
+            raise BrokenFile(f"{path}: {key} has {len(value)} entries; at most {MAX_LAYERS} are read")
+        if "timesteps" in key and isinstance(value, (int, float)) and value > MAX_TIMES:
+            raise BrokenFile(f"{path}: {key} is {value:g}; at most {MAX_TIMES} are read")
+    return found
+
+
+def _pairs(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value within plain data with the key that it, or the list that it is in, stands under."""
+    yield key, tree
+    for name, value in tree.items() if isinstance(tree, dict) else [(key, v) for v in tree] if isinstance(tree, list) else ():
+        yield from _pairs(value, name)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -108,6 +166,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    check_plain(path)
     try:
         data = path.read_bytes()
     except FileNotFoundError:

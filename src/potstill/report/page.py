@@ -3,8 +3,10 @@
 It is made from the files of the run folder alone, so it can be written again at any time, and the same files give the same bytes.
 """
 
+import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,13 +22,14 @@ from . import figures, tables
 from .figures import Picture, Pictures
 from .tables import Arm, Metric, Value
 
-__all__ = ["ReportError", "write"]
+__all__ = ["ReportError", "outdated", "write"]
 
 _FORMAT = "potstill-metrics/1"
 _PAIRS = 24  # surrogate images shown beside their nearest real neighbor; the closest come first, so the rest tell less
 _CAPTIONED = 24  # surrogate images shown with what they were made for
 _STEPS = 16  # columns of a strip of predictions, which fill the page
 _ROWS = 8
+_PANELS = 128  # of losses: each takes a moment to draw, and a log may name any number of phases; arms have up to three, in each size
 _TERMS = 16  # energies that a surrogate is shown with: more than there are, so a file of thousands cannot make a page of them
 _SETS = {"surrogate": "free", "teacher": "teacher", "real": "real"}
 _WITHOUT_NOISE = ("inversion", "latent")  # kinds whose images are not denoised
@@ -292,7 +295,7 @@ def _training(run: Path, arms: Sequence[Arm]) -> list[dict[str, Any]]:
     panels: list[dict[str, Any]] = []
     for label, kind, paths in sources:
         logs = [figures.read_log(path) for path in paths]
-        for phase in sorted({phase for log in logs for phase in log.losses}):
+        for phase in sorted({phase for log in logs for phase in log.losses})[: _PANELS - len(panels)]:
             runs = [log.losses[phase] for log in logs if phase in log.losses]
             curves = figures.loss_svg(runs, f"loss-{len(panels)}")
             paces = [log.pace[phase] for log in logs if phase in log.pace]
@@ -305,6 +308,22 @@ def _training(run: Path, arms: Sequence[Arm]) -> list[dict[str, Any]]:
             # The only markup that is not escaped: matplotlib drew it from numbers, no text of a user is inside.
             panels.append({"label": label, "kind": kind, "phase": phase, "svg": Markup(curves.svg), "words": words, "facts": facts})
     return panels
+
+
+def _exports(run: Path) -> dict[str, dict[str, Any]]:
+    """What each export of the run says of itself, by its folder."""
+    return {path.parent.name: _read_manifest(path) for path in sorted((run / "export").glob("*/export.json"))}
+
+
+def _digest(exports: Mapping[str, Any]) -> str:
+    """Of the exports on a page; empty where there are none."""
+    return hashlib.sha256(json.dumps(exports, sort_keys=True).encode()).hexdigest() if exports else ""
+
+
+def outdated(run: Path) -> bool:
+    """Whether `run/report.html` shows other exports than the run now has."""
+    shown = re.search(r'<section id="exports" data-digest="(\w+)">', _read_text(run / "report.html") or "")
+    return (shown[1] if shown else "") != _digest(_exports(run))
 
 
 def _count(found: object) -> str:
@@ -336,6 +355,8 @@ def _render(run: Path) -> str:
     dots, floor_at = _dots(arms, compared, floor.get(compared.key))
     updates = {arm.updates for arm in arms if arm.kind != "teacher" and arm.updates is not None}
     seeds = metrics.get("seeds")
+    exports = _exports(run)
+    exported = tables.exports_of(exports)
 
     loader = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -356,6 +377,9 @@ def _render(run: Path) -> str:
         reference=dict(reference) if isinstance(reference, Mapping) else {},
         compared=compared,
         timed=_timed(arms),
+        exported=exported,
+        export_columns=tables.export_metrics(exported),
+        export_digest=_digest(exports),
         dots=dots,
         floor_at=floor_at,
         uneven=len(updates) > 1,

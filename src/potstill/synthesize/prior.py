@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import BadInput
 from ..noise import Noise
-from ..state import digest_of
+from ..state import check_plain, digest_of, read_description
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -175,9 +176,13 @@ class Prior:
         folder = _folder(path)
         index = parts_of(folder)
         _known(folder, index)
+        _check_files(folder)
         bars = transformers.utils.logging.is_progress_bar_enabled()
         transformers.utils.logging.disable_progress_bar()  # ours are enough
         try:
+            for part in ("unet", "vae"):
+                if part in index:
+                    _check_size(getattr(diffusers, index[part]), folder / part)
             unet = getattr(diffusers, index["unet"]).from_pretrained(
                 folder / "unet", torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False
             )
@@ -196,12 +201,13 @@ class Prior:
                     texts.append((tokenizer, encoder.to(device)))
             own = index["scheduler"]
             name = SCHEDULERS[scheduler] if scheduler else (own if own in SCHEDULERS.values() else SCHEDULERS["ddim"])
-            made = getattr(diffusers, name).from_config(_json(folder / "scheduler" / "scheduler_config.json"))
+            made = getattr(diffusers, name).from_config(read_description(folder / "scheduler" / "scheduler_config.json"))
             cheap = None
             if tiny is not None:
                 cheap = diffusers.AutoencoderTiny.from_pretrained(tiny, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False)
                 cheap = cheap.to(device)
             prior = cls(unet.to(device), made, None if vae is None else vae.to(device), texts, cheap)
+            _check_scale(prior)
         except BadInput:
             raise
         except Exception as error:
@@ -307,7 +313,7 @@ class Prior:
             states, pooled = [], torch.empty(0)
             for tokenizer, encoder in self.texts:
                 tokens = tokenizer(
-                    prompt, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+                    prompt, padding="max_length", max_length=_longest(tokenizer, encoder), truncation=True, return_tensors="pt"
                 )
                 mask = tokens.attention_mask.to(self.device) if getattr(encoder.config, "use_attention_mask", None) else None
                 found = encoder(tokens.input_ids.to(self.device), attention_mask=mask, output_hidden_states=len(self.texts) > 1)
@@ -408,15 +414,48 @@ def _folder(path: Path | str) -> Path:
         raise BadInput(f"prior {path}: not a folder here, and the Hub cannot be asked: {(str(error).splitlines() or [''])[0]}") from None
 
 
-def _json(path: Path) -> Any:
-    try:
-        if path.stat().st_size > 1 << 20:
-            raise BadInput(f"{path}: more than 1 MiB; a configuration is expected")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        if isinstance(error, BadInput):
-            raise
-        raise BadInput(f"{path}: cannot be read as JSON; a diffusers folder has one there") from None
+def _longest(tokenizer: Any, encoder: Any) -> int:
+    """Tokens of a text: as many as the encoder has places for, whatever a tokenizer's file says."""
+    most: int = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+    return most
+
+
+def _check_files(folder: Path) -> None:
+    """See that a pipeline's files are files, and that its descriptions can be made.
+
+    Raises:
+        BrokenFile: one is a pipe or a device, or describes more than there is anywhere.
+    """
+    for path in sorted(folder.glob("*/*")):
+        check_plain(path)
+        if path.name in ("config.json", "scheduler_config.json"):
+            read_description(path)
+
+
+def _check_scale(prior: Prior) -> None:
+    """See that the latents' size and scale, which are not used before the first picture, are numbers.
+
+    Raises:
+        BadInput: they are not.
+    """
+    if prior.vae is not None:
+        for name in ("scaling_factor", "shift_factor"):
+            value = getattr(prior.vae.config, name, None)
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and (value or name == "shift_factor")) and value is not None:
+                raise BadInput(f"prior: its vae's config.json has {name} {value!r}; a number is expected")
+
+
+def _check_size(kind: Any, folder: Path) -> None:
+    """See that a network is no larger than its file, before memory is taken for it.
+
+    Raises:
+        BadInput: it is.
+    """
+    with torch.device("meta"):
+        net = kind.from_config(read_description(folder / "config.json"))
+    numbers, held = sum(t.numel() for t in net.state_dict().values()), sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    if numbers > held:
+        raise BadInput(f"{folder}: config.json describes {numbers} weights, but the safetensors files there have {held} bytes")
 
 
 def parts_of(folder: Path) -> dict[str, str]:
@@ -425,9 +464,7 @@ def parts_of(folder: Path) -> dict[str, str]:
     Raises:
         BadInput: the index is not there, is too large, or is none.
     """
-    content = _json(folder / "model_index.json")
-    if not isinstance(content, dict):
-        raise BadInput(f"{folder / 'model_index.json'}: a mapping is expected")
+    content = read_description(folder / "model_index.json")
     parts = {k: v for k, v in content.items() if isinstance(v, list) and len(v) == 2 and all(isinstance(name, str) for name in v)}
     return {name: kind for name, (_, kind) in parts.items()}
 

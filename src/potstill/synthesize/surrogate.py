@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data import Kept, Pixels, decode
+from ..data import Kept, check_rows, check_unpacked, decode
 from ..errors import BadInput, BrokenFile, Refused
 from ..noise import Noise
 from ..ranks import ALONE, Ranks
@@ -42,6 +42,7 @@ _VALUES = pa.list_(pa.list_(pa.list_(pa.float32())))
 # Of a shard's other columns: labels and texts that its images were made for, and an energy each.
 _MORE = {"label": pa.int64(), "prompt": pa.string()}
 _ENERGY = "energy."
+_READ = 64  # rows of a shard that are in memory as encoded images: a forged one may repeat a large one endlessly
 
 
 def to_uint8(x: Tensor) -> npt.NDArray[np.uint8]:
@@ -239,6 +240,8 @@ def _features(schema: pa.Schema) -> dict[str, Any]:
 def _is_ours(schema: pa.Schema) -> bool:
     known = {*_FIELDS, *_MORE, "values"}
     names = schema.names
+    if len(set(names)) < len(names):
+        return False
     whole = "row" in names and ("image" in names) != ("values" in names)
     return whole and all((n in known or n.startswith(_ENERGY)) and schema.field(n).type == _type(n) for n in names)
 
@@ -292,16 +295,22 @@ def _checked(folder: Place) -> Iterator[tuple[Place, Path, dict[str, Any]]]:
                 yield path, file, entry
 
 
-def _tables(folder: Place) -> Iterator[tuple[Place, pa.Table]]:
-    """Each shard, checked against the manifest."""
-    for path, file, entry in _checked(folder):
-        try:
-            table = pq.read_table(file)
-        except (pa.ArrowException, ValueError, OSError) as error:
-            raise BrokenFile(f"{path}: not a parquet shard ({str(error).splitlines()[0]})") from None
-        if not _is_ours(table.schema) or table.num_rows != entry.get("rows"):
-            raise BrokenFile(f"{path}: not a shard of {entry.get('rows')} images; {table.num_rows} rows of {', '.join(table.schema.names)}")
-        yield path, table
+def _cells(path: Place, file: Path, entry: dict[str, Any], wanted: Callable[[str], bool]) -> Iterator[tuple[int, dict[str, list[Any]]]]:
+    """Those columns of a shard, a few rows at a time, with the number of the first of them."""
+    try:
+        with pq.ParquetFile(file) as shard:
+            rows, schema = shard.metadata.num_rows, shard.schema_arrow
+            if not _is_ours(schema) or rows != entry.get("rows"):
+                raise BrokenFile(f"{path}: not a shard of {entry.get('rows')} images; {rows} rows of {', '.join(schema.names)}")
+            check_rows(rows, file.stat().st_size, str(path))
+            first, names = 0, [name for name in schema.names if wanted(name)]
+            for part in shard.iter_batches(_READ, columns=names) if names else ():
+                yield first, {name: part.column(name).to_pylist() for name in names}
+                first += part.num_rows
+    except BadInput:
+        raise
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise BrokenFile(f"{path}: not a parquet shard ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
 
 
 def read(folder: str | Path | Remote) -> Kept:
@@ -329,14 +338,24 @@ def read(folder: str | Path | Remote) -> Kept:
 def parts(folder: str | Path | Remote) -> Iterator[Kept]:
     """The images of a surrogate, one shard at a time. Arguments and errors are those of :func:`read`."""
     first: Kept | None = None
-    for path, table in _tables(place(folder)):
-        shape = None if first is None else first.shape[1:]
-        part = _values(table, path, shape) if "values" in table.schema.names else _decoded(table, path, shape)
-        if first is not None and part is not None and part.dtype != first.dtype:
+    unpacked = packed = 0
+    for path, file, entry in _checked(place(folder)):
+        packed += file.stat().st_size
+        images: list[npt.NDArray[Any]] = []
+        for row, cells in _cells(path, file, entry, lambda name: name in ("image", "values")):
+            shape = first.shape[1:] if first is not None else images[0].shape if images else None
+            found = _values(cells["values"], path, shape) if "values" in cells else _decoded(cells["image"], path, row, shape)
+            for image in found:
+                images.append(image)
+                unpacked += image.nbytes
+                check_unpacked(unpacked, packed, str(folder))
+        if not images:
+            continue
+        part = np.stack(images)
+        if first is not None and part.dtype != first.dtype:
             raise BrokenFile(f"{path}: {part.dtype}, others are {first.dtype}")
-        if part is not None:
-            first = part if first is None else first
-            yield part
+        first = part if first is None else first
+        yield part
 
 
 def _on_disk(found: Iterator[Kept], source: Place) -> Kept:
@@ -353,9 +372,8 @@ def _on_disk(found: Iterator[Kept], source: Place) -> Kept:
         return kept
 
 
-def _decoded(table: pa.Table, path: Place, shape: tuple[int, ...] | None) -> Pixels | None:
-    images: list[Pixels] = []
-    for row, cell in enumerate(table["image"].to_pylist()):
+def _decoded(cells: list[Any], path: Place, first: int, shape: tuple[int, ...] | None) -> Iterator[npt.NDArray[np.uint8]]:
+    for row, cell in enumerate(cells, first):
         where = f"{path}, row {row}"
         if cell is None or cell["bytes"] is None:
             raise BrokenFile(f"{where}: no image")
@@ -363,13 +381,12 @@ def _decoded(table: pa.Table, path: Place, shape: tuple[int, ...] | None) -> Pix
         shape = image.shape if shape is None else shape
         if image.shape != shape:
             raise BadInput(f"{where}: image of shape {image.shape}, others are {shape}")
-        images.append(image)
-    return np.stack(images) if images else None
+        yield image
 
 
-def _values(table: pa.Table, path: Place, shape: tuple[int, ...] | None) -> npt.NDArray[np.float32]:
+def _values(cells: list[Any], path: Place, shape: tuple[int, ...] | None) -> npt.NDArray[np.float32]:
     try:
-        values = np.array(table["values"].to_pylist(), dtype=np.float32)
+        values = np.array(cells, dtype=np.float32)
     except (ValueError, TypeError):  # lists of unequal length, or nothing where a number should be
         raise BrokenFile(f"{path}: values of unequal shapes") from None
     if values.ndim != 4 or not np.isfinite(values).all() or shape not in (None, values.shape[1:]):
@@ -384,11 +401,20 @@ def columns(folder: str | Path | Remote) -> dict[str, list[Any]]:
         BrokenFile: as :func:`read`.
     """
     found: dict[str, list[Any]] = {}
-    for _, table in _tables(place(folder)):
-        for name in table.schema.names:
-            if name not in _FIELDS and name != "values":
-                found.setdefault(name, []).extend(table[name].to_pylist())
+    for path, file, entry in _checked(place(folder)):
+        for _, cells in _cells(path, file, entry, lambda name: name not in _FIELDS and name != "values"):
+            for name, values in cells.items():
+                found.setdefault(name, []).extend(values)
     return found
+
+
+def missing(folder: Path) -> Path | None:
+    """The first shard that the manifest names and that is not there, if any. A storage is not asked: what it holds is looked at when read.
+
+    Raises:
+        BrokenFile: the manifest is none.
+    """
+    return next((path for path, _ in _shards(folder) if isinstance(path, Path) and not path.exists()), None)
 
 
 def check(folder: str | Path | Remote) -> None:
