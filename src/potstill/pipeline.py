@@ -64,7 +64,7 @@ from .model import Model
 from .noise import Noise
 from .progress import Board, LogTail, gib, memory
 from .ranks import ALONE, Ranks
-from .state import digest_of, fingerprint, lock, read_json, replacing, sha256, sweep, write_json, write_text
+from .state import digest_of, fingerprint, lock, read_json, replacing, sha256, spoiled_states, sweep, write_json, write_text
 from .store import place
 from .synthesize import surrogate
 from .synthesize.guided import Guided
@@ -303,6 +303,7 @@ class Run:
         with self._stage("train", depends, [self.folder / "teacher" / n for n in ("config.json", "model.safetensors")]) as work:
             if not work:
                 return
+            self._say_spoiled(self.folder / "state" / "train")
             with threads(self.recipe.compute.threads), self._stoppable() as keep_going:
                 if self.ranks.first:
                     self._say_needed(memory_of_train(self.shop))
@@ -335,6 +336,7 @@ class Run:
         with self._stage("train", depends, [self.folder / "teacher" / "model_index.json"]) as work:
             if not work:
                 return
+            self._say_spoiled(self.folder / "state" / "train")
             with threads(self.recipe.compute.threads), self._stoppable() as keep_going:
                 engine = accelerator(str(self.shop.device))
                 net = make_prior(self.shop, engine, keep_going=keep_going, told=partial(self.board.training, "train")).eval()
@@ -402,6 +404,11 @@ class Run:
         one = memory() + beside + images
         self.board.say(f"  {what}about {gib(one * processes + (memory() if processes > 1 else 0))} of memory")
 
+    def _say_spoiled(self, folder: Path) -> None:
+        """One line for each saved state that a crash or a disk has spoiled, from which a training would otherwise have gone on."""
+        for problem in spoiled_states(folder) if self.ranks.first else ():
+            self.board.say(f"  {problem}; it is left out, and the one before it gone on with")
+
     def _say_memory(self, folder: str, synthesis: Synthesis, batch: int) -> None:
         guided = synthesis.synthesizer
         if not isinstance(guided, Guided):
@@ -455,6 +462,7 @@ class Run:
             together = f" in {len(recipe.widths)} sizes, those of an arm and a seed together" if recipe.students else ""
             self.board.say(f"  {len(todo)} students{together}, {how}")
             self._say_needed(self._needs.get("distill"), workers, self._bytes_of_surrogates())
+            self._say_spoiled(states_of(self.folder))
             if workers == 1:
                 with threads(count), self._stoppable() as keep_going:
                     engine = accelerator(str(self.shop.device))
