@@ -115,6 +115,12 @@ def test_an_npz_that_unpacks_to_far_more_than_it_is(tmp_path):
         data.load(data.ValuesData(kind="values", path=str(path), array="images"))
 
 
+def test_an_npz_of_endless_tiny_images(tmp_path):
+    path = bomb(tmp_path / "x.npz", "|u1", (1 << 18, 2, 2), 1 << 20)
+    with pytest.raises(BadInput, match=r"262144 images in \d+ bytes; none are that small"):
+        file_data("npz", path, size=16)
+
+
 def test_large_data_that_is_what_it_seems_is_no_bomb():
     data.check_unpacked(2**40, 2**36, "x")
     with pytest.raises(BadInput):
@@ -138,7 +144,7 @@ def repeated(path, n, cell):
 
 def test_a_parquet_file_that_says_one_picture_again_and_again(tmp_path, monkeypatch):
     path = repeated(tmp_path / "x.parquet", 2_000_000, png())
-    with pytest.raises(BadInput, match=r"2000000 rows in \d+ bytes; no images are that small"):
+    with pytest.raises(BadInput, match=r"2000000 images in \d+ bytes; none are that small"):
         file_data("parquet", path)
     monkeypatch.setattr(data, "MAX_UNPACKED", 1 << 20)
     with pytest.raises(BadInput, match="over 100 times as many"):
@@ -285,6 +291,7 @@ def pipeline(tmp_path):
         ("vae/config.json", {"latent_channels": 10**7}, "weights, but the safetensors files there have"),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**10}, "num_train_timesteps is 1e+10; at most 65536 are read"),
         ("text_encoder/config.json", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1e+09"),
+        ("text_encoder/config.json", {"model_type": "\x1b[2J"}, "'model_type' has control characters in it"),
     ],
 )
 def test_a_pipeline_of_absurd_description_is_not_made(pipeline, name, values, expected):
@@ -312,6 +319,7 @@ def test_a_text_is_as_long_as_its_encoder_reads_whatever_the_tokenizer_says(pipe
     [
         ("unet/config.json", {"sample_size": None}),
         ("unet/config.json", {"sample_size": [1, 2, 3]}),
+        ("unet/config.json", {"sample_size": 10**12}),
         ("scheduler/scheduler_config.json", {"prediction_type": ["epsilon"]}),
         ("vae/config.json", {"scaling_factor": "x"}),
         ("text_encoder/config.json", {"vocab_size": 5}),
@@ -319,7 +327,7 @@ def test_a_text_is_as_long_as_its_encoder_reads_whatever_the_tokenizer_says(pipe
 )
 def test_a_text_to_image_teacher_of_wrong_description(pipeline, name, values):
     section = config.Pretrained(kind="pretrained", path=str(pipeline(name, **values)), prompts=("the digit two",), chain=2)
-    with pytest.raises(BadInput, match=r"sd|prior: its vae"):
+    with pytest.raises(BadInput, match=r"sd|prior: its vae|teacher: its link program fails"):
         build.teacher(section, Path(), ())
 
 

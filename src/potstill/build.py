@@ -390,8 +390,8 @@ def _untold(section: config.Pretrained) -> None:
 def _check_output(teacher: Model, program: str) -> None:
     """See that a teacher's program runs, and that two images, or the logits of two, come out finite."""
     shape = tuple(teacher.images.shape)
-    inputs = () if program == "generate" else (teacher.images.encode(torch.full((2, *shape), 0.5, device=teacher.device)),)
     try:
+        inputs = () if program == "generate" else (teacher.images.encode(torch.full((2, *shape), 0.5, device=teacher.device)),)
         with torch.no_grad():
             out = run(teacher.program(program), *inputs, noise=Noise((0,)), n=2, device=teacher.device).out.dist
             labels = isinstance(out, Categorical)

@@ -120,13 +120,13 @@ def check_unpacked(unpacked: int, packed: int, where: str) -> None:
 
 
 def check_rows(rows: int, packed: int, where: str) -> None:
-    """See that a parquet file of encoded images does not repeat a few of them endlessly, which takes next to no room there.
+    """See that a file does not repeat a few images endlessly, which takes next to no room there.
 
     Raises:
         BadInput: it does.
     """
     if rows > max(_FEW_ROWS, packed // 16):
-        raise BadInput(f"{where}: {rows} rows in {packed} bytes; no images are that small")
+        raise BadInput(f"{where}: {rows} images in {packed} bytes; none are that small")
 
 
 def decode(data: bytes, where: str, mode: str | None = None, size: int | None = None) -> npt.NDArray[np.uint8]:
@@ -363,6 +363,7 @@ def _read_npz(path: Place, data: FileData) -> tuple[Pixels, Labels | None]:
     except Exception as error:  # numpy raises whatever the zip, the header or the pickle inside provokes
         raise BadInput(f"{path}: not an npz file of plain arrays ({_first_line(error)})") from None
     pixels = quantized(images, str(path))
+    check_rows(len(pixels), packed, str(path))
     if data.mode is not None or data.size is not None:
         pixels = _stack(((str(path), _converted(image, str(path), data.mode, data.size), image.nbytes) for image in pixels), str(path))
     labeled = label and (data.label or _whole(values))

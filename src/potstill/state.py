@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 FORMAT = "potstill-state/1"
+_CONTROL = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f]")
 MAX_LAYERS, MAX_TIMES = 256, 1 << 16
 MAX_JSON_BYTES = 1 << 24  # of marks and manifests, which have a line for a tensor or a file; as Python's objects they are 20 times larger
 
@@ -134,13 +135,15 @@ def read_description(path: Path) -> dict[str, Any]:
     """The JSON in which somebody else's library describes a network or a schedule, before anything is made of it.
 
     Raises:
-        BrokenFile: it cannot be read, is no mapping, or describes more layers, blocks or times than there are anywhere: making them one
-            by one would take hours.
+        BrokenFile: it cannot be read, is no mapping, has control characters, which the library might show on the terminal, or describes
+            more layers, blocks or times than there are anywhere: making them one by one would take hours.
     """
     found = read_json(path)
     if not isinstance(found, dict):
         raise BrokenFile(f"{path}: a mapping is expected")
     for key, value in _pairs(found):
+        if _CONTROL.search(f"{key}{value if isinstance(value, str) else ''}"):
+            raise BrokenFile(f"{path}: {key!r} has control characters in it")
         if ("layers" in key or "depth" in key) and isinstance(value, (int, float)) and value > MAX_LAYERS:
             raise BrokenFile(f"{path}: {key} is {value:g}; at most {MAX_LAYERS} are read")
         if "block" in key and isinstance(value, list) and len(value) > MAX_LAYERS:
