@@ -2,6 +2,7 @@
 
 A run is killed after a time drawn evenly from what a whole one takes, gone on with by the same command, killed again, and so on until
 it ends; then its weights, its surrogate and its figures are compared with those of a run that nobody killed, and another one begins.
+Half of the kills are of each kind, which go on side by side.
 
     python benchmarks/chaos.py [--kills 100] [--seed 0] [--runs FOLDER]
 """
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,40 @@ def bytes_of(out: Path) -> dict[str, Any]:
     return found
 
 
+def survive(how: str, goal: int, seed: int, runs: Path, recipe: Path) -> dict[str, Any]:
+    """Kill runs of one kind until there were so many kills, and say what became of them."""
+    rng = random.Random(f"{seed}/{how}")
+    whole = runs / f"{how}-whole"
+    began = time.perf_counter()
+    if start(how, recipe, whole).wait():
+        raise SystemExit(f"the run left alone failed: {whole}")
+    longest = time.perf_counter() - began
+    expected, kills, stages, ended, alike, sound = bytes_of(whole), 0, Counter[str](), 0, 0, 0
+    while kills < goal or ended == 0:
+        out, here = runs / f"{how}-{ended}", 0
+        while True:
+            process = start(how, recipe, out)
+            # Past its goal, or where chance would never let it end, a run is left alone.
+            if kills < goal and here < 10:
+                try:
+                    process.wait(timeout=rng.uniform(0, longest))
+                except subprocess.TimeoutExpired:
+                    stage = at_work(out)
+                    if kill(process):
+                        kills, here = kills + 1, here + 1
+                        stages[stage] += 1
+                        continue
+            if process.wait() == 0:
+                break
+            raise SystemExit(f"{out}: a run that was gone on with failed")
+        ended += 1
+        alike += bytes_of(out) == expected
+        sound += not damage(out)
+        print(f"{how}: {kills} kills, {ended} runs ended, {alike} identical, {sound} sound", file=sys.stderr, flush=True)
+        shutil.rmtree(out)
+    return {"processes": how, "kills": kills, "runs": ended, "identical": alike, "sound": sound, "stages": dict(stages)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
@@ -95,39 +131,9 @@ def main() -> None:
     runs.mkdir(parents=True, exist_ok=True)
     recipe = runs / "recipe.yaml"
     recipe.write_text(json.dumps(RECIPE), encoding="utf-8")
-    rng = random.Random(arguments.seed)
-    rows: list[dict[str, Any]] = []
-    for how in COMMANDS:
-        whole = runs / f"{how}-whole"
-        began = time.perf_counter()
-        if start(how, recipe, whole).wait():
-            sys.exit(f"the run left alone failed: {whole}")
-        longest = time.perf_counter() - began
-        expected, kills, stages, ended, alike, sound = bytes_of(whole), 0, Counter[str](), 0, 0, 0
+    with ThreadPoolExecutor() as both:
         goal = arguments.kills // len(COMMANDS)
-        while kills < goal or ended == 0:
-            out, here = runs / f"{how}-{ended}", 0
-            while True:
-                process = start(how, recipe, out)
-                # Past its goal, or where chance would never let it end, a run is left alone.
-                if kills < goal and here < 10:
-                    try:
-                        process.wait(timeout=rng.uniform(0, longest))
-                    except subprocess.TimeoutExpired:
-                        stage = at_work(out)
-                        if kill(process):
-                            kills, here = kills + 1, here + 1
-                            stages[stage] += 1
-                            continue
-                if process.wait() == 0:
-                    break
-                sys.exit(f"{out}: a run that was gone on with failed")
-            ended += 1
-            alike += bytes_of(out) == expected
-            sound += not damage(out)
-            print(f"{how}: {kills} kills, {ended} runs ended, {alike} identical, {sound} sound", file=sys.stderr, flush=True)
-            shutil.rmtree(out)
-        rows.append({"processes": how, "kills": kills, "runs": ended, "identical": alike, "sound": sound, "stages": dict(stages)})
+        rows = list(both.map(lambda how: survive(how, goal, arguments.seed, runs, recipe), COMMANDS))
     if arguments.runs is None:
         shutil.rmtree(runs)
     figures = {"kills": sum(r["kills"] for r in rows), "identical": sum(r["identical"] for r in rows) / sum(r["runs"] for r in rows)}

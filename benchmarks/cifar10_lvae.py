@@ -36,7 +36,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 WIDTHS = {"large": (32, 16, 8), "small": (8, 16)}
 PUBLISHED = (128, 32, 16, 8)
 # Of every student but the first, whose table has all arms.
-MAIN = ("student_data_free", "student_with_data", "student_scratch", "longer")
+MAIN = ("student_data_free", "student_with_data", "student_scratch")
 SMALL: dict[str, Any] = {
     "train.model.width": 32,
     "train.steps": 2500,
@@ -59,8 +59,13 @@ SMALL: dict[str, Any] = {
     "evaluate.latency_repeats": 20,
     "compute.threads": 1,
 }
-# Of the first student's generator alone: what each part of the recipe is worth. Every row has the same updates as the first.
-ABLATIONS: dict[str, dict[str, Any]] = {}
+# Of the first student's generator alone, with the same updates: what other losses are worth, without data and with.
+PERCEPTUAL = [{"nodes": "z*", "by": "wasserstein2", "weight": 1}]
+MORE: list[dict[str, Any]] = [
+    {"kind": "data_free", "name": "perceptual", "surrogate": "own", "infer": False, "perceptual": PERCEPTUAL},
+    {"kind": "with_data", "name": "perceptual-with-data", "infer": False, "perceptual": PERCEPTUAL},
+    {"kind": "data_free", "name": "batchnorm", "surrogate": "own", "infer": False, "energy": [{"kind": "batchnorm", "weight": 0.05}]},
+]
 FIGURES = ("frechet_sqrt", "emd", "mmd", "one_nn", "reconstruction_mse", "latency_ms_b1", "latency_ms_b64")
 
 
@@ -138,16 +143,19 @@ def main() -> None:
         figures["feature_classifier_accuracy"] = read_json(accuracy)["accuracy"]
     first: Path | None = None
     del whole["train"]
-    for width in arguments.widths or WIDTHS[arguments.size]:
-        folder = runs / f"width-{width}"
-        if first is not None and not folder.exists():  # the surrogates are of the teacher, and the same for every student
+    widths = tuple(arguments.widths or WIDTHS[arguments.size])
+    for width, more in [*((width, False) for width in widths), (widths[0], True)]:
+        folder = runs / f"width-{width}{'-more' if more else ''}"
+        if first is not None and not more and not folder.exists():  # the surrogates are of the teacher, and the same for every student
             for made in ("surrogates", "synthesize"):
                 shutil.copytree(first / made, folder / made)
             (folder / "state").mkdir()
             (folder / "state" / "run.lock").touch()
         teacher = {"kind": "pretrained", "path": str(runs / "teacher" / "teacher")}
         chosen = whole | {"teacher": teacher, "student": {"width": width}}
-        if first is not None:
+        if more:
+            chosen["arms"], chosen["surrogates"] = MORE, {"own": whole["surrogates"]["own"]}
+        elif first is not None:
             chosen["arms"] = [arm for arm in whole["arms"] if config.Arm.model_validate(arm).title in MAIN]
         pipeline.execute(config.check(chosen), folder)
         first = first or folder
@@ -155,15 +163,19 @@ def main() -> None:
         print(f"width {width}\n{text_table(metrics)}", file=sys.stderr)
         arms = metrics["arms"]
         for arm, found in arms.items():
-            measured = {key: found[key] for key in FIGURES}
+            # A student whose encoder has learned nothing says nothing by its reconstructions.
+            measured = {key: found[key] for key in FIGURES if not (more and key == "reconstruction_mse")}
             rows.append({"width": width, "arm": arm, "params": found["params"], "updates": metrics["arms_info"][arm]["updates"]} | measured)
         mean = {arm: {key: found[key]["mean"] for key in FIGURES} for arm, found in arms.items()}
-        ours, root = mean["student_data_free"], mean["teacher"]["frechet_sqrt"]
+        root = mean["teacher"]["frechet_sqrt"]
+        for arm, found in mean.items():
+            if arm != "teacher":
+                name = arm.removeprefix("student_").removeprefix("data_free").replace("-", "_")
+                figures[f"loss_vs_teacher_w{width}{'_' if name else ''}{name}"] = found["frechet_sqrt"] / root - 1
+        if more:
+            continue
+        ours = mean["student_data_free"]
         figures |= {
-            f"loss_vs_teacher_w{width}": ours["frechet_sqrt"] / root - 1,
-            f"loss_vs_teacher_w{width}_longer": mean["longer"]["frechet_sqrt"] / root - 1,
-            f"loss_vs_teacher_w{width}_with_data": mean["student_with_data"]["frechet_sqrt"] / root - 1,
-            f"loss_vs_teacher_w{width}_scratch": mean["student_scratch"]["frechet_sqrt"] / root - 1,
             f"reconstruction_over_teacher_w{width}": ours["reconstruction_mse"] / mean["teacher"]["reconstruction_mse"],
             f"faster_at_batch_1_w{width}": mean["teacher"]["latency_ms_b1"] / ours["latency_ms_b1"],
             f"faster_at_batch_64_w{width}": mean["teacher"]["latency_ms_b64"] / ours["latency_ms_b64"],

@@ -591,10 +591,17 @@ def test_an_interrupt_ends_training_with_its_state_saved(place, capsys, number):
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith("potstill: interrupted; go on with: potstill run ")
     assert err.endswith("compute.save_seconds=999")
-    steps = sorted(p.name for p in place.out.glob("state/students/student_data_free/seed-0/step-*"))
-    assert steps == ["step-00000003", f"step-{(1 << 24) + 1:08d}"]  # the end of the first phase, and where the second one stopped
+    steps = sorted(place.out.glob("state/students/student_data_free/seed-0/step-*"))
+    assert [p.name for p in steps] == ["step-00000003", f"step-{(1 << 24) + 1:08d}"]  # the end of the first phase, and in the second
     assert not (place.out / "student").exists()
-    assert place.run("run", "compute.save_seconds=999", evaluate=None, report=None) == 0
+    if number == signal.SIGTERM:  # and a disk that has spoiled the newest
+        (steps[1] / "state.safetensors").write_bytes(b"")
+    recipe = str(place.write(evaluate=None, report=None))
+    assert cli.main(["run", recipe, "--out", str(place.out), "compute.save_seconds=999"]) == 0
+    said = (
+        f"  {steps[1] / 'state.safetensors'}: not the file that its manifest describes; it is left out, and the one before it gone on with"
+    )
+    assert (said in capsys.readouterr().err.splitlines()) == (number == signal.SIGTERM)
     assert results(place.out) == expected
     assert os.listdir(place.out / "state") == ["run.lock"]
 

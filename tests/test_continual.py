@@ -135,9 +135,9 @@ def test_each_arm_sees_the_images_it_is_meant_to(place, monkeypatch):
     seen = {}
     whole = jobs._from_scratch
 
-    def watched(shop, model, adversary, training, name, classifier, train):
+    def watched(shop, model, adversary, training, name, classifier, train, shared):
         seen[name, len(train.images)] = set(train.labels.tolist())
-        return whole(shop, model, adversary, training, name, classifier, train)
+        return whole(shop, model, adversary, training, name, classifier, train, shared)
 
     monkeypatch.setattr(jobs, "_from_scratch", watched)
     assert place.run("run", **SECTIONS) == 0

@@ -49,6 +49,7 @@ ORDER = [
     "progress",
     "worker",
     "pipeline",
+    "export",
     "cli",
     "__main__",
 ]

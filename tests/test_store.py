@@ -12,9 +12,9 @@ import pytest
 from potstill import config, pipeline
 from potstill.cli import main
 from potstill.data import load
-from potstill.errors import BadInput, BrokenFile, Failed, Refused
+from potstill.errors import BadInput, BrokenFile, Failed, Refused, redacted, shown
 from potstill.inventory import damage
-from potstill.store import Remote, checked, place, redacted
+from potstill.store import Remote, checked, place
 from potstill.synthesize import surrogate
 from runs import RECIPE, digits_like, results
 from test_surrogate import SHAPE, contents, images_of, write
@@ -91,6 +91,9 @@ def test_an_address_is_kept_as_it_is(url):
 def test_what_may_be_a_secret_is_left_out_of_messages():
     text = f"see 's3://key:{SECRET}@bucket/x' and https://h/x?sig={SECRET} or s3://key:hunter2/x; s3://bucket/a is fine, zoo:a too"
     assert redacted(text) == "see 's3://***@bucket/x' and https://h/x?*** or s3://key***/x; s3://bucket/a is fine, zoo:a too"
+    token = "hf_" + "a" * 30
+    assert redacted(f"{token} at s3://key:{SECRET}@bucket") == "hf_*** at s3://***@bucket"
+    assert shown(f"s3://key:{SECRET}@bucket\x1b[2J {token}") == "s3://***@bucket\\x1b[2J hf_***"
 
 
 def test_a_secret_in_an_override_is_in_no_message(place, capsys):
@@ -270,6 +273,23 @@ def test_a_run_with_a_store_ends_in_the_same_bytes(place, url):
     assert (place.out / "report.html").exists()
     assert damage(place.out) == []
     assert place.run("run", **surrogates) == 0  # done already
+
+
+def test_a_shard_that_is_gone_elsewhere_is_made_again(place, tmp_path):
+    store = tmp_path / "far"
+    sections = {"evaluate": None, "report": None} | {"surrogate": RECIPE["surrogate"] | {"store": f"file://{store}"}}
+    assert place.run("run", **sections) == 0
+    before = contents(store)
+    (store / "shard-00000.parquet").unlink()
+    assert place.run("run", **sections) == 0
+    assert contents(store) == before
+
+
+def test_what_unpacks_to_far_more_than_it_is_is_refused_elsewhere_too(memory, tmp_path):
+    np.savez_compressed(tmp_path / "data.npz", images=np.zeros((300, 1024, 1024), np.uint8))
+    Remote("memory://far/data.npz").put(tmp_path / "data.npz")
+    with pytest.raises(BadInput, match=r"^memory://far/data.npz: .* bytes that unpack to .* or more, over 100 times as many"):
+        load(config.FileData(kind="npz", path="memory://far/data.npz"))
 
 
 def test_damage_elsewhere_is_named(place, memory):

@@ -25,13 +25,17 @@ def wandb(monkeypatch):
     """A package that writes down what it is told."""
     found = types.ModuleType("wandb")
     found.__spec__ = ModuleSpec("wandb", None)
-    found.begun, found.told, found.finished, found.broken = [], [], [], False
+    found.begun, found.told, found.by, found.finished, found.broken = [], [], [], [], False
 
     class Run:
+        def __init__(self, name):
+            self.name = name
+
         def log(self, values, step):
             if found.broken:
                 raise ConnectionError("no route\nto host")
             found.told.append((step, values))
+            found.by.append(self.name)
 
         def finish(self):
             found.finished.append(1)
@@ -39,7 +43,7 @@ def wandb(monkeypatch):
 
     def init(**arguments):
         found.begun.append(arguments)
-        return Run()
+        return Run(arguments["name"])
 
     found.init = init
     monkeypatch.setitem(sys.modules, "wandb", found)
@@ -67,6 +71,19 @@ def test_a_line_is_told_once_with_its_step_in_the_whole_training(tmp_path, wandb
     (tmp_path / "arm" / "seed-0" / "sent.json").write_text("broken")
     tell(tmp_path, [entry("infer", 1)])
     assert wandb.told[-1][0] == 4
+
+
+def test_trainings_side_by_side_have_a_record_each(tmp_path, wandb):
+    engine = accelerator("cpu")
+    with trackers.tracked(engine, ["wandb"], tmp_path, "project", "a_w1/seed-0", COUNTS) as first:
+        with trackers.tracked(engine, ["wandb"], tmp_path, "project", "a_w2/seed-0", COUNTS) as second:
+            for step in (1, 2):
+                first(entry("generate", step))
+                second(entry("generate", step))
+        first(entry("generate", 3))
+    assert wandb.by == ["a_w1/seed-0", "a_w2/seed-0"] * 2 + ["a_w1/seed-0"]
+    assert [begun["reinit"] for begun in wandb.begun] == ["create_new"] * 2  # or the second would get the first one's
+    assert len(wandb.finished) == 2
 
 
 def test_a_tracker_that_fails_is_one_error(tmp_path, wandb, monkeypatch):

@@ -19,7 +19,7 @@ from typing import Any
 from . import __version__
 from .errors import BadInput, Failed, shown
 from .ranks import ALONE, Ranks, launched, together
-from .store import is_url, redacted
+from .store import is_url
 from .worker import INTERRUPTED
 
 STAGES = {
@@ -63,6 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     with_run("run", "every stage that the recipe has")
     for name, help in STAGES.items():
         with_run(name, help)
+    export = commands.add_parser("export", help="write the student of a finished run for other programs: ONNX, torch.export, diffusers")
+    export.add_argument("run", metavar="RUN_DIR", help="folder of a run, or of a model")
+    export.add_argument("--to", required=True, choices=("onnx", "torch-export", "diffusers"), help="what is written")
+    export.add_argument("--out", type=Path, metavar="FOLDER", help="a new folder; by default export/TO in the run's")
+    export.add_argument("--int8", action="store_true", help="of onnx, also one in 8 bits, calibrated without data; says what it costs")
+    export.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE", help="allow code of this module")
     commands.add_parser("schema", help="print the recipe's JSON schema")
     commands.add_parser("zoo", help="list the models that come with potstill")
     doctor = commands.add_parser("doctor", help="what works here; what is damaged in a run's folder; what is wrong with a model")
@@ -167,6 +173,14 @@ def _examine(teacher: str, modules: Sequence[str]) -> None:
     print("\n".join([*summary(model), "nothing wrong was found"]))
 
 
+def _export(arguments: argparse.Namespace) -> None:
+    if arguments.modules:
+        sys.path.insert(0, os.getcwd())
+    from .export import export, summary
+
+    print("\n".join(summary(export(arguments.run, arguments.to, arguments.out, arguments.int8, arguments.modules))))
+
+
 def _schema() -> None:
     from .config import Recipe
 
@@ -216,9 +230,9 @@ def _complain(text: str, log_json: bool = False) -> None:
     if log_json:
         from .progress import tell  # late, for it brings rich
 
-        tell("error", text=redacted(text))
+        tell("error", text=text)
         return
-    for line in redacted(text).splitlines() or [""]:
+    for line in text.splitlines() or [""]:
         print("potstill:", shown(line), file=sys.stderr)  # a message may quote a file
 
 
@@ -248,6 +262,8 @@ def _ended(words: Sequence[str], ranks: Ranks) -> tuple[int, str | None]:
                     _zoo()
                 case "doctor":
                     _doctor(arguments.run, arguments.teacher, arguments.modules)
+                case "export":
+                    _export(arguments)
                 case _:
                     _run(arguments, ranks)
             sys.stdout.flush()

@@ -28,18 +28,13 @@ from pydantic import (
     model_validator,
 )
 
-from .errors import RecipeError, shown, without_tokens
-from .store import checked, is_url, redacted
+from .errors import RecipeError, has_token, shown
+from .store import checked, is_url
 
 MAX_RECIPE_BYTES = 1 << 20
 MAX_RECIPE_DEPTH = 32
 MAX_RECIPE_VALUES = 10_000  # PyYAML reads that many in a second or two
 MAX_PROBLEMS = 100  # that are told at once
-
-
-def _shown(text: str) -> str:
-    """The text with what a terminal would act on written out, and secrets left out: what is in a recipe gets into messages."""
-    return shown(redacted(text))
 
 
 class Section(BaseModel):
@@ -910,6 +905,9 @@ class Recipe(Section):
     train: Train | None = None
     teacher: Teacher | None = None
     student: Student | None = None
+    students: Annotated[tuple[Count, ...], Field(min_length=1)] | None = Field(
+        default=None, description="widths of several students, in place of student; those of an arm and a seed share the teacher's work"
+    )
     surrogate: Surrogate | None = None
     surrogates: dict[Name, Surrogate] = Field(default={}, description="further ones by name, for arms that say so")
     distill: Distill | None = None
@@ -917,6 +915,11 @@ class Recipe(Section):
     evaluate: Evaluate | None = None
     report: Report | None = None
     compute: Compute = Compute()
+
+    @property
+    def widths(self) -> tuple[int | None, ...]:
+        """Of the students of each arm and seed; ``None`` for the one that the section student describes."""
+        return self.students or (None,)
 
     @property
     def synthesized(self) -> dict[str, Surrogate]:
@@ -944,10 +947,10 @@ class Recipe(Section):
         """Folders of all surrogates that an arm trains on."""
         return tuple(dict.fromkeys(f for phase in ("link", "generate", "infer", "scratch") for f in self.images_of(arm, phase)))
 
-    @field_validator("seeds", "arms")
+    @field_validator("seeds", "arms", "students")
     @classmethod
-    def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        names = [v.title if isinstance(v, Arm) else v for v in values]
+    def _distinct(cls, values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+        names = [v.title if isinstance(v, Arm) else v for v in values or ()]
         if len(set(names)) < len(names):
             raise ValueError(f"two are the same: {', '.join(map(str, names))}")
         return values
@@ -970,7 +973,9 @@ class Recipe(Section):
             problems.append(f"{'surrogate' if self.surrogate else 'surrogates'}: needs a teacher")
         if self.distill and not self.teacher:
             problems.append("distill: needs a teacher")
-        if self.distill and not self.student:
+        if self.student and self.students:
+            problems.append("students: widths in place of student; give one of the two")
+        if self.distill and not (self.student or self.students):
             problems.append("distill: needs a student")
         for arm in self.arms if self.distill else ():
             if unknown := [f for f in self.every_image_of(arm) if f not in self.synthesized]:
@@ -1076,9 +1081,9 @@ def _parse(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RecipeError(_shown(f"{source}: {where}not YAML: {problem}")) from None
+        raise RecipeError(shown(f"{source}: {where}not YAML: {problem}")) from None
     except (ValueError, RecursionError) as error:
-        raise RecipeError(_shown(f"{source}: {error}")) from None
+        raise RecipeError(shown(f"{source}: {error}")) from None
 
 
 def _override(tree: dict[Any, Any], assignment: str) -> None:
@@ -1163,7 +1168,7 @@ _SHORT.maxstring = _SHORT.maxother = 80
 def _secret(tree: Any, place: str = "") -> str | None:
     """Where plain data has an access token of the Hub, as a value or as a key."""
     if isinstance(tree, str):
-        return place if without_tokens(tree) != tree else None
+        return place if has_token(tree) else None
     pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
     for key, value in pairs:
         path = f"{place}.{key}" if place else str(key)
@@ -1176,7 +1181,7 @@ def _check_secret(tree: Any, source: str = "") -> None:
     if place := _secret(tree):
         where = f"{source}: {place}" if source else place
         raise RecipeError(
-            _shown(f"{where}: an access token of the Hub; what is written here gets into reports and cards: set HF_TOKEN instead")
+            shown(f"{where}: an access token of the Hub; what is written here gets into reports and cards: set HF_TOKEN instead")
         )
 
 
@@ -1210,7 +1215,7 @@ def check(tree: Any) -> Recipe:
     except ValidationError as error:
         found = error.errors()
         lines = [*map(_problem, found[:MAX_PROBLEMS]), *([f"and {len(found) - MAX_PROBLEMS} more"] if len(found) > MAX_PROBLEMS else [])]
-        raise RecipeError(_shown("\n".join(lines))) from None
+        raise RecipeError(shown("\n".join(lines))) from None
 
 
 def read_tree(path: str | Path) -> Any:

@@ -7,6 +7,12 @@ import re
 
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")  # what the Hub's access tokens look like
 _VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+# What stands before an @, or after a question mark: where addresses carry passwords and tokens.
+_ADDRESSES = (
+    re.compile(r"(://)[^\s'\"]*@"),
+    re.compile(r"(://[^\s'\"/]*):[^\s'\"/@]+(?=/|\s|['\"]|$)"),
+    re.compile(r"(://[^\s'\"?]*\?)[^\s'\"]+"),
+)
 
 
 class BadInput(ValueError):
@@ -33,8 +39,20 @@ class Failed(RuntimeError):
     """A run failed for a reason that is not the user's. Exit code 1."""
 
 
-def without_tokens(text: str) -> str:
-    """The text without access tokens of the Hub: those of the environment, and what looks like one."""
+def redacted(text: str) -> str:
+    """The text without secrets: access tokens of the Hub, and what may be a password or a token within an address."""
+    text = _without_tokens(text)
+    for pattern in _ADDRESSES:
+        text = pattern.sub(lambda found: f"{found[1]}***{'@' if found[0].endswith('@') else ''}", text)
+    return text
+
+
+def has_token(text: str) -> bool:
+    """Whether an access token of the Hub is in a text: one of the environment, or what looks like one."""
+    return _without_tokens(text) != text
+
+
+def _without_tokens(text: str) -> str:
     for name in _VARIABLES:
         if len(token := os.environ.get(name, "").strip()) >= 8:  # a shorter one would be found in words
             text = text.replace(token, "hf_***")
@@ -42,5 +60,5 @@ def without_tokens(text: str) -> str:
 
 
 def shown(text: str) -> str:
-    """A text as a terminal or a log may have it: without access tokens, and with control characters but line breaks written out."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in without_tokens(text))
+    """A text as a terminal or a log may have it: without secrets, and with control characters but line breaks written out."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in redacted(text))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,8 @@ from . import build, config
 from .data import Dataset, Kept, Split, floats
 from .distill.adversary import AdversarialTraining, Adversary
 from .distill.augment import augmented
-from .distill.distiller import Classification, Continual, Distiller, Encoding, likelihood, reached, train_only
-from .distill.loop import Batch, Log, Phase, fit
+from .distill.distiller import UNSHARED, Classification, Continual, Distiller, Encoding, Shared, likelihood, reached, train_only
+from .distill.loop import Batch, Log, Phase, abreast, fit, fitting
 from .distill.pool import OnlineLinks
 from .distill.trackers import tracked
 from .divergence import total
@@ -176,7 +177,7 @@ class Workshop:
 
     def student(self, job: Job) -> Model:
         """A fresh student."""
-        return self.student_of(self.teacher, job.seed, job.arm.chain)
+        return self.student_of(self.teacher, job.seed, job.arm.chain, job.width)
 
     def width(self, teacher: Model) -> int | None:
         """Of the students of a teacher that are given a budget, or ``None`` where they are not.
@@ -198,13 +199,23 @@ class Workshop:
             self._widths.append(int(found))
         return self._widths[0]
 
-    def student_of(self, teacher: Model, seed: int, chain: int | None = None) -> Model:
-        """A fresh student of that teacher, of a chain of so many links where it has another than its teacher's."""
-        if self.recipe.student is None:
-            raise BadInput("the recipe names no student")
-        section, width = self.recipe.student, self.width(teacher)
+    def student_of(self, teacher: Model, seed: int, chain: int | None = None, width: int | None = None) -> Model:
+        """A fresh student of that teacher.
+
+        Args:
+            teacher: of the run.
+            seed: of the weights.
+            chain: links of its chain, where it has another than its teacher's.
+            width: where the recipe has students of several.
+        """
         if width is not None:
-            section = section.model_copy(update={"width": width, "budget": None})
+            section = config.Student(width=width)
+        elif self.recipe.student is None:
+            raise BadInput("the recipe names no student")
+        else:
+            section, found = self.recipe.student, self.width(teacher)
+            if found is not None:
+                section = section.model_copy(update={"width": found, "budget": None})
         model = build.student(section, teacher, seed, self.allowed, chain)
         model.net.to(self.device, memory_format=torch.channels_last)  # convolutions run up to twice as fast
         return model
@@ -212,19 +223,45 @@ class Workshop:
 
 @dataclass(frozen=True)
 class Job:
-    """A student of one arm and one seed."""
+    """A student of one arm and one seed, and one width where the recipe has students of several."""
 
     arm: config.Arm
     seed: int
+    width: int | None = None
+
+    @property
+    def title(self) -> str:
+        """Its row's name in metrics.json."""
+        return self.arm.title + _suffix(self.width)
 
     @property
     def name(self) -> str:
-        return f"{self.arm.title}/seed-{self.seed}"
+        return f"{self.title}/seed-{self.seed}"
+
+
+def _suffix(width: int | None) -> str:
+    return "" if width is None else f"_w{width}"
+
+
+def groups(recipe: config.Recipe) -> dict[str, list[Job]]:
+    """The students of every arm and seed by its name, one of each size, which are trained together.
+
+    They go seed by seed, so that a run that is cut short has whole comparisons.
+    """
+    pairs = [(arm, seed) for seed in recipe.seeds for arm in recipe.arms]
+    return {Job(arm, seed).name: [Job(arm, seed, width) for width in recipe.widths] for arm, seed in pairs}
 
 
 def jobs(recipe: config.Recipe) -> list[Job]:
-    """Every student of a recipe, seed by seed, so that a run that is cut short has whole comparisons."""
-    return [Job(arm, seed) for seed in recipe.seeds for arm in recipe.arms]
+    """Every student of a recipe."""
+    return [job for group in groups(recipe).values() for job in group]
+
+
+def final_folders(recipe: config.Recipe) -> dict[str, Job]:
+    """Folders, within the run's, of the students to be taken away, one of each size, and which they are."""
+    arm = next((a for a in recipe.arms if a.kind == "data_free"), recipe.arms[0])
+    chosen = [Job(arm, recipe.seeds[0], width) for width in recipe.widths]
+    return {"student" if job.width is None else f"student/w{job.width}": job for job in chosen}
 
 
 def student_folder(run: Path, job: Job) -> Path:
@@ -270,14 +307,14 @@ def _plain_name(phase: str) -> str:
     return phase.partition("-")[0]
 
 
-def _loader(images: Kept, device: torch.device, augment: config.Augment | None) -> Callable[[Batch], Tensor]:
-    def load(batch: Batch) -> Tensor:
-        if batch.index is None:
+def _loader(images: Kept, device: torch.device, augment: config.Augment | None, shared: Shared = UNSHARED) -> Callable[[Batch], Tensor]:
+    def read(index: Tensor | None, noise: Noise) -> Tensor:
+        if index is None:
             raise RuntimeError("a phase on images was given a batch without them")
-        x = floats(images[batch.index.numpy()]).to(device, non_blocking=True)
-        return augmented(x, augment, batch.noise.fold("augment")) if augment else x
+        x = floats(images[index.numpy()]).to(device, non_blocking=True)
+        return augmented(x, augment, noise.fold("augment")) if augment else x
 
-    return load
+    return lambda batch: shared("images", batch.noise, lambda: read(batch.index, batch.noise))
 
 
 def _beta(training: config.Scratch | config.Train, step: int) -> float:
@@ -331,29 +368,47 @@ def _objective(
     student: Model,
     adversary: Adversary | None,
     energy: Energy = Energy(),
+    shared: Shared = UNSHARED,
 ) -> Distiller | Encoding:
     """What the phase of that name trains."""
     for position, (program, section) in enumerate(distill.generators(arm)):
         if program == name:
             replay = arm.replay if arm.replay is not None and position == 0 else section.replay
             share = arm.share if arm.share is not None and position == 0 else section.share
+            own = build.rules(section.rules)
             if program != "generate":
-                return Distiller(teacher, student, build.rules(section.rules), program, replay, share)
+                return Distiller(teacher, student, own, program, replay, share, shared=shared)
             given = arm.perceptual if arm.perceptual is not None else distill.generate.perceptual if distill.generate else ()
-            seen = build.rules(given)
             return Distiller(
-                teacher, student, build.rules(section.rules), program, replay, share, adversary=adversary, perceptual=seen, energy=energy
+                teacher,
+                student,
+                own,
+                program,
+                replay,
+                share,
+                adversary=adversary,
+                perceptual=build.rules(given),
+                energy=energy,
+                shared=shared,
             )
     infer = distill.infer or config.Encoder()
     if student.infer is None and isinstance(student.net, GAN):
         raise BadInput(f"arm {arm.title}, infer: the student has no encoder; set student.encoder: true, or infer: null")
     rules, elbo = _inference(distill, classes_of(teacher) is not None)
     if infer.start == "noise" and arm.kind == "data_free":
-        return Encoding(teacher, student, build.rules(rules))
-    return Distiller(teacher, student, build.rules(rules), "infer", infer.replay, elbo=elbo)
+        return Encoding(teacher, student, build.rules(rules), shared)
+    return Distiller(teacher, student, build.rules(rules), "infer", infer.replay, elbo=elbo, shared=shared)
 
 
-def _pool(recipe: config.Recipe, arm: config.Arm, teacher: Model, student: Model, seed: int, size: int | None = None) -> OnlineLinks | None:
+def _pool(
+    recipe: config.Recipe,
+    arm: config.Arm,
+    teacher: Model,
+    student: Model,
+    seed: int,
+    size: int | None = None,
+    shared: Shared = UNSHARED,
+) -> OnlineLinks | None:
     """What the phase "link" of an arm trains where the teacher's links begin with noise; ``None`` where they begin with images."""
     link = recipe.distill and recipe.distill.link
     if not link or arm.kind != "data_free" or recipe.images_of(arm, "link"):
@@ -365,7 +420,7 @@ def _pool(recipe: config.Recipe, arm: config.Arm, teacher: Model, student: Model
             "name a surrogate"
         )
     noise = Noise((recipe.seed, seed, "pool"))
-    return OnlineLinks(teacher, student, chain, build.rules(link.rules), size or link.pool, noise)
+    return OnlineLinks(teacher, student, chain, build.rules(link.rules), size or link.pool, noise, shared=shared)
 
 
 def _learns(distill: config.Distill, arm: config.Arm, student: Model, name: str) -> set[str]:
@@ -430,7 +485,7 @@ def rehearse(shop: Workshop, teacher: Model) -> int:
     """Run every phase of every arm once, on two samples and a student that is thrown away.
 
     Returns:
-        about how many bytes a training needs, beside those of its teacher and its images.
+        about how many bytes the training of an arm's students needs, beside those of its teacher and its images.
 
     Raises:
         BadInput: a rule matches nothing, a program fails, teacher and student do not fit together.
@@ -441,13 +496,10 @@ def rehearse(shop: Workshop, teacher: Model) -> int:
     for phase in ("link", "generate", "infer", "scratch"):
         section = getattr(distill, phase)
         check_augment(section and section.augment, teacher.images.shape, f"distill.{phase}")
-    student, classes = shop.student_of(teacher, 0), classes_of(teacher)
+    classes = classes_of(teacher)
     if any(arm.kind == "continual" for arm in shop.recipe.arms):
         _check_continual(teacher)
     noise, gray = Noise((0, "rehearsal")), torch.full((2, *teacher.images.shape), 0.5, device=shop.device)
-    if classes is not None:
-        _check_labels(student, classes)
-
     labels = torch.zeros(2, dtype=torch.int64, device=shop.device)
 
     def scratch(arm: config.Arm, student: Model, adversary: Adversary | None) -> dict[str, Tensor]:
@@ -461,9 +513,12 @@ def rehearse(shop: Workshop, teacher: Model) -> int:
             return DenoisingLoss(student.net, chain)(noise, gray, labels)
         return likelihood(student)(noise, gray) if classes is None else Classification(student)(noise, gray, labels)
 
-    most = 0
-    for arm in shop.recipe.arms:
-        student = shop.student_of(teacher, 0, arm.chain)
+    updating: dict[tuple[str, str], int] = {}
+    learning: dict[tuple[str, str], int] = {}
+    for arm, width in product(shop.recipe.arms, shop.recipe.widths):
+        student = shop.student_of(teacher, 0, arm.chain, width)
+        if classes is not None:
+            _check_labels(student, classes)
         if arm.kind == "scratch" and arm.surrogate and classes is not None:
             raise BadInput(f"arm {arm.title}: a surrogate has no labels, which a classifier needs")
         adversary = adversary_of(shop.recipe, arm, student, 0)
@@ -503,9 +558,11 @@ def rehearse(shop: Workshop, teacher: Model) -> int:
             if not learns:
                 own = " of its own" if _plain_name(name) == "infer" else ""
                 raise BadInput(f"arm {arm.title}, {name}: the student's {name} program has no parameters{own} to train")
-            section = getattr(distill, plain)
-            most = max(most, held * section.batch + _learning(_with(student, adversary), bool(section.ema)))
-    return most
+            section, at = getattr(distill, plain), (arm.title, name)
+            # Students of several sizes are all in memory, but take their updates one after another.
+            updating[at] = max(updating.get(at, 0), held * section.batch)
+            learning[at] = learning.get(at, 0) + _learning(_with(student, adversary), bool(section.ema))
+    return max((size + learning[at] for at, size in updating.items()), default=0)
 
 
 def memory_of_train(shop: Workshop) -> int | None:
@@ -537,8 +594,8 @@ def _check_continual(teacher: Model) -> None:
         )
 
 
-def _continual(section: config.Continual, teacher: Model, student: Model) -> Continual:
-    return Continual(teacher, student, likelihood(student, section.beta), build.rules(section.rules), section.new, section.elbo)
+def _continual(section: config.Continual, teacher: Model, student: Model, shared: Shared = UNSHARED) -> Continual:
+    return Continual(teacher, student, likelihood(student, section.beta), build.rules(section.rules), section.new, section.elbo, shared)
 
 
 def _own(adversary: Adversary | None) -> list[torch.nn.Parameter]:
@@ -553,6 +610,7 @@ def _distilled(
     adversary: Adversary | None,
     distill: config.Distill,
     keep_going: Callable[[], bool],
+    every: Shared,
 ) -> Callable[[str], Phase]:
     arm, teacher = job.arm, shop.teacher
     sections: dict[str, config.Training | None] = {"link": distill.link, "generate": distill.generate, "infer": distill.infer}
@@ -560,22 +618,25 @@ def _distilled(
 
     def phase(name: str) -> Phase:
         plain, _, number = name.partition("-")
-        pool = shop.images_of(arm, plain)
+        # From the second round on, each student has images of its own.
+        shared = UNSHARED if number and int(number) > 1 else every
+        pool = shared("data", plain, lambda: shop.images_of(arm, plain))
         if number and pool is not None:
             pool = np.concatenate([pool, *_adversarial(shop, job, identity, student, int(number), keep_going)])
         section = sections[plain]
         assert section is not None  # or it would be no phase of the arm's
         section = section.model_copy(update={"steps": counts[name]})
-        load = None if pool is None else _loader(pool, shop.device, section.augment)
+        load = None if pool is None else _loader(pool, shop.device, section.augment, shared)
         learns = train_only(student.net, _learns(distill, arm, student, plain))
-        if plain == "link" and (online := _pool(shop.recipe, arm, teacher, student, job.seed)):
+        if plain == "link" and (online := _pool(shop.recipe, arm, teacher, student, job.seed, shared=shared)):
             return Phase(name, online, lambda module, batch: module(batch.noise, batch.index), learns, section, len(online.x))
 
         def loss(module: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
             losses: dict[str, Tensor] = module(batch.noise, load(batch) if load else None, batch.n)
             return losses
 
-        objective = _objective(distill, arm, plain, teacher, student, adversary, shop.energy_of(arm))
+        energy = every("energy", arm.title, lambda: shop.energy_of(arm))
+        objective = _objective(distill, arm, plain, teacher, student, adversary, energy, shared)
         learns += _own(adversary) if plain == "generate" else []
         return Phase(name, objective, loss, learns, section, 0 if pool is None else len(pool))
 
@@ -617,8 +678,9 @@ def _from_scratch(
     name: str,
     classifier: bool,
     train: Split,
+    shared: Shared = UNSHARED,
 ) -> Callable[[str], Phase]:
-    load = _loader(train.images, shop.device, training.augment)
+    load = _loader(train.images, shop.device, training.augment, shared)
 
     def elbo(module: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = module(batch.noise, load(batch), _beta(training, batch.step))
@@ -640,7 +702,7 @@ def _from_scratch(
             denoising = DenoisingLoss(model.net, chain)
             return Phase(name, denoising, with_labels, parameters, training, len(train.images))
         if isinstance(training, config.Continual):
-            return Phase(name, _continual(training, shop.teacher, model), elbo, parameters, training, len(train.images))
+            return Phase(name, _continual(training, shop.teacher, model, shared), elbo, parameters, training, len(train.images))
         return Phase(name, likelihood(model, training.beta), elbo, parameters, training, len(train.images))
 
     return phase
@@ -660,8 +722,13 @@ def make_student(
     *,
     keep_going: Callable[[], bool] = lambda: True,
     told: Callable[[dict[str, Any]], None] | None = None,
-) -> None:
-    """Train one student and write it to ``students/ARM/seed-S``; go on from its saved state where there is one."""
+    shared: Shared = UNSHARED,
+) -> Iterator[tuple[int, int]]:
+    """Train one student, an update at a time as :func:`fitting` does, and write it to ``students/ARM/seed-S``.
+
+    It goes on from its saved state where there is one. What is shared is shared with the students of other sizes that go through the
+    same updates; its bits are those of a student alone.
+    """
     recipe = shop.recipe
     distill = recipe.distill or config.Distill()
     student = shop.student(job)
@@ -670,16 +737,16 @@ def make_student(
         kind = job.arm.kind
         whole: config.Scratch = getattr(distill, kind)
         section = whole.model_copy(update={"steps": job.arm.steps or whole.steps})
-        images = None if job.arm.real else shop.images_of(job.arm, "scratch")
+        images = None if job.arm.real else shared("data", kind, lambda: shop.images_of(job.arm, kind))
         train = shop.real_of(job.arm) if images is None else Split(images, None)
-        phases = _from_scratch(shop, student, adversary, section, kind, shop.classes is not None, train)
+        phases = _from_scratch(shop, student, adversary, section, kind, shop.classes is not None, train, shared)
     else:
-        phases = _distilled(shop, job, identity, student, adversary, distill, keep_going)
+        phases = _distilled(shop, job, identity, student, adversary, distill, keep_going, shared)
     states = States(states_of(shop.folder) / job.name)
     folder = student_folder(shop.folder, job)
     counts = updates(recipe, job.arm)
     with _tracked(shop, engine, job.name, counts) as track:
-        fit(
+        yield from fitting(
             _with(student, adversary),
             phases,
             list(counts),
@@ -714,27 +781,49 @@ def make_students(
     """
     every = {job.name: job for job in jobs(shop.recipe)}
     with closing(_free(shop, identity, keep_going)) as free:
-        for job in map(every.__getitem__, shop.ranks.each(free)):
-            try:
-                with build.memory_watched():
-                    make_student(shop, job, identity, engine, keep_going=keep_going, told=partial(told, job) if told else None)
-            except BadInput as error:
-                raise BadInput(f"{job.name}: {error}") from None
+        for names in shop.ranks.each(free):
+            shared = Shared() if len(names) > 1 else UNSHARED
+            group = [every[name] for name in names]
+            with build.memory_watched():
+                abreast([_named(shop, job, identity, engine, keep_going, partial(told, job) if told else None, shared) for job in group])
 
 
-def _free(shop: Workshop, identity: str, keep_going: Callable[[], bool]) -> Generator[str, None, None]:
-    """Every student that is not done and that nobody else is at, by name. It is locked until the next is asked for."""
+def _named(
+    shop: Workshop,
+    job: Job,
+    identity: str,
+    engine: Accelerator,
+    keep_going: Callable[[], bool],
+    told: Callable[[dict[str, Any]], None] | None,
+    shared: Shared,
+) -> Iterator[tuple[int, int]]:
+    """:func:`make_student`, whose errors say which student it is."""
+    try:
+        yield from make_student(shop, job, identity, engine, keep_going=keep_going, told=told, shared=shared)
+    except BadInput as error:
+        raise BadInput(f"{job.name}: {error}") from None
+
+
+def undone(run: Path, group: list[Job], identity: str) -> list[str]:
+    """Names of the students that are still to be trained, or have to be again."""
+    return [job.name for job in group if not is_done(run, job, identity)]
+
+
+def _free(shop: Workshop, identity: str, keep_going: Callable[[], bool]) -> Generator[list[str], None, None]:
+    """Names of the students of each arm and seed that are not done and that nobody else is at.
+
+    They are locked until the next are asked for.
+    """
     for patience in (0.0, PATIENCE_SECONDS):
-        for job in jobs(shop.recipe):
-            if is_done(shop.folder, job, identity):
+        for name, group in groups(shop.recipe).items():
+            if not undone(shop.folder, group, identity):
                 continue
             if not keep_going():
                 raise KeyboardInterrupt
-            path = states_of(shop.folder) / f"{job.name}.lock"
             try:
-                with lock(path, patience, str(shop.folder), keep_going):
-                    if not is_done(shop.folder, job, identity):
-                        yield job.name
+                with lock(states_of(shop.folder) / f"{name}.lock", patience, str(shop.folder), keep_going):
+                    if todo := undone(shop.folder, group, identity):
+                        yield todo
             except Locked:
                 continue
 
@@ -903,7 +992,7 @@ def student_card(recipe: config.Recipe, job: Job, counts: dict[str, int], parame
         how = f"from its teacher's weights, {how.removeprefix('from scratch ')}"
     steps = ", ".join(f"{count:,} updates of {name}" for name, count in counts.items())
     return (
-        f"{_front('distillation')}\n# {recipe.name}: {job.arm.title}, seed {job.seed}\n\n"
+        f"{_front('distillation')}\n# {recipe.name}: {job.title}, seed {job.seed}\n\n"
         f"A student of {parameters:,} parameters, {teacher / parameters:.1f} times fewer than its teacher's {teacher:,}. "
         f"Made by potstill {how}: {steps}.\n\n"
         "A student carries its teacher's biases, and may carry parts of the data that its teacher memorized.\n"

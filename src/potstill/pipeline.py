@@ -42,6 +42,8 @@ from .jobs import (
     Workshop,
     captions_of,
     check_augment,
+    final_folders,
+    groups,
     is_done,
     jobs,
     labels_shown,
@@ -55,13 +57,14 @@ from .jobs import (
     student_card,
     student_folder,
     trained_adversarially,
+    undone,
     updates,
 )
 from .model import Model
 from .noise import Noise
 from .progress import Board, LogTail, gib, memory
 from .ranks import ALONE, Ranks
-from .state import digest_of, fingerprint, lock, read_json, replacing, sha256, sweep, write_json, write_text
+from .state import digest_of, fingerprint, lock, read_json, replacing, sha256, spoiled_states, sweep, write_json, write_text
 from .store import place
 from .synthesize import surrogate
 from .synthesize.guided import Guided
@@ -182,7 +185,8 @@ class Run:
                     "seed": r.seed,
                     "teacher": r.teacher,
                 }
-                return distill | ({"data": r.data} if self._data_needed else {})
+                sizes = {"students": r.students} if r.students else {}
+                return distill | sizes | ({"data": r.data} if self._data_needed else {})
             case "evaluate":
                 images = r.report.images if r.report else config.Report().images
                 return {"evaluate": r.evaluate, "images": images, "data": r.data, "seed": r.seed, "teacher": r.teacher}
@@ -299,6 +303,7 @@ class Run:
         with self._stage("train", depends, [self.folder / "teacher" / n for n in ("config.json", "model.safetensors")]) as work:
             if not work:
                 return
+            self._say_spoiled(self.folder / "state" / "train")
             with threads(self.recipe.compute.threads), self._stoppable() as keep_going:
                 if self.ranks.first:
                     self._say_needed(memory_of_train(self.shop))
@@ -331,6 +336,7 @@ class Run:
         with self._stage("train", depends, [self.folder / "teacher" / "model_index.json"]) as work:
             if not work:
                 return
+            self._say_spoiled(self.folder / "state" / "train")
             with threads(self.recipe.compute.threads), self._stoppable() as keep_going:
                 engine = accelerator(str(self.shop.device))
                 net = make_prior(self.shop, engine, keep_going=keep_going, told=partial(self.board.training, "train")).eval()
@@ -352,7 +358,7 @@ class Run:
 
         def spoiled() -> str | None:
             gone = (surrogate.missing(self.folder / folder) for folder in sections)
-            return next((str(path.relative_to(self.folder)) for path in gone if path is not None), None)
+            return next((str(path).removeprefix(f"{self.folder}/") for path in gone if path is not None), None)
 
         with self._stage("synthesize", depends, [self.folder / f / "manifest.json" for f in sections], spoiled) as work:
             if not work:
@@ -398,6 +404,11 @@ class Run:
         one = memory() + beside + images
         self.board.say(f"  {what}about {gib(one * processes + (memory() if processes > 1 else 0))} of memory")
 
+    def _say_spoiled(self, folder: Path) -> None:
+        """One line for each saved state that a crash or a disk has spoiled, from which a training would otherwise have gone on."""
+        for problem in spoiled_states(folder) if self.ranks.first else ():
+            self.board.say(f"  {problem}; it is left out, and the one before it gone on with")
+
     def _say_memory(self, folder: str, synthesis: Synthesis, batch: int) -> None:
         guided = synthesis.synthesizer
         if not isinstance(guided, Guided):
@@ -426,7 +437,7 @@ class Run:
         return found
 
     def distill(self) -> None:
-        """Every student: arms times seeds, side by side where the machine has the cores."""
+        """Every student: arms times seeds, side by side where the machine has the cores; those of several sizes go through it together."""
         self._section("distill")
         recipe = self.recipe
         depends = self._reads("distill") | {
@@ -441,14 +452,17 @@ class Run:
         def spoiled() -> str | None:
             return next((f"students/{job.name}" for job in jobs(recipe) if not is_done(self.folder, job, identity)), None)
 
-        with self._stage("distill", depends, [self.folder / "student" / "model.safetensors"], spoiled) as work:
+        final = final_folders(recipe)
+        with self._stage("distill", depends, [self.folder / f / "model.safetensors" for f in final], spoiled) as work:
             if not work:
                 return
             todo = [job for job in jobs(recipe) if not is_done(self.folder, job, identity)]
-            workers, count = self._workers(len(todo))
+            workers, count = self._workers(sum(bool(undone(self.folder, group, identity)) for group in groups(recipe).values()))
             how = f"{workers} side by side" if self.ranks.count == 1 else f"each by {self.ranks.count} processes"
-            self.board.say(f"  {len(todo)} students, {how}")
+            together = f" in {len(recipe.widths)} sizes, those of an arm and a seed together" if recipe.students else ""
+            self.board.say(f"  {len(todo)} students{together}, {how}")
             self._say_needed(self._needs.get("distill"), workers, self._bytes_of_surrogates())
+            self._say_spoiled(states_of(self.folder))
             if workers == 1:
                 with threads(count), self._stoppable() as keep_going:
                     engine = accelerator(str(self.shop.device))
@@ -460,10 +474,9 @@ class Run:
             missing = [job.name for job in todo if not is_done(self.folder, job, identity)]
             if missing:
                 raise Failed(f"distill: not done: {', '.join(missing)}; run the same command again to go on")
-            first = next((a for a in recipe.arms if a.kind == "data_free"), recipe.arms[0])
-            job = Job(first, recipe.seeds[0])
-            model = self._load_student(job)
-            save_network(model, self.folder / "student", student_card(recipe, job, updates(recipe, first), *self._sizes(model)))
+            for folder, job in final.items():
+                model = self._load_student(job)
+                save_network(model, self.folder / folder, student_card(recipe, job, updates(recipe, job.arm), *self._sizes(model)))
 
     def _bytes_of_surrogates(self) -> int:
         """Bytes of the images that trainings hold in memory; those of a storage are on the disk."""
@@ -502,7 +515,11 @@ class Run:
         if not (self.folder / "metrics.json").exists():
             raise BadInput("report: nothing measured yet; run the evaluate stage first")
         depends = self._reads("report") | {"metrics": sha256(self.folder / "metrics.json")}
-        with self._stage("report", depends, [self.folder / "report.html"]) as work:
+
+        def stale() -> str | None:
+            return "export" if page.outdated(self.folder) else None
+
+        with self._stage("report", depends, [self.folder / "report.html"], stale) as work:
             if work and self.ranks.first:
                 try:
                     page.write(self.folder)
@@ -587,7 +604,7 @@ class Run:
         return parameters(student.net), parameters(self.shop.teacher.net)
 
     def _workers(self, todo: int) -> tuple[int, int | None]:
-        """How many processes train side by side, and the threads of each.
+        """How many processes train side by side so many arms and seeds, and the threads of each.
 
         The threads follow from the recipe and the machine, not from what is left to do: a run that goes on has the bits of one that
         was not cut short.
@@ -597,7 +614,7 @@ class Run:
         own = any(section.store and section.store.startswith(_OWN) for section in self.recipe.synthesized.values())
         if self.shop.device.type != "cpu" or "RANK" in os.environ or own:
             return 1, threads_given
-        most = max(1, min(len(jobs(self.recipe)), self.recipe.compute.workers or build.cores()))
+        most = max(1, min(len(groups(self.recipe)), self.recipe.compute.workers or build.cores()))
         return max(1, min(most, todo)), threads_given or max(1, build.cores() // most)
 
     def _side_by_side(self, todo: list[Job], workers: int, count: int, identity: str) -> None:
@@ -664,7 +681,7 @@ class Run:
             except (ValueError, RuntimeError) as error:
                 raise BadInput(f"evaluate: {who}: {build.reason(error)}") from None
 
-        arms = [arm.title for arm in recipe.arms]
+        arms = {job.title: job.arm for job in jobs(recipe)}
         rows: dict[str, list[dict[str, float]]] = {name: [] for name in ("teacher", *arms)}
         floor: list[dict[str, float]] = []
         sketch = Sketch(test, shop.teacher.images.pixels)
@@ -678,8 +695,9 @@ class Run:
             if generates and len(order) > k:
                 floor.append(measured(floats(data.train.images[np.sort(order)]), "real against real"))
             reference = None
+            students = {job.title: job for job in jobs(recipe) if job.seed == seed}
             for name in rows:
-                job = None if name == "teacher" else Job(next(a for a in recipe.arms if a.title == name), seed)
+                job = students.get(name)
                 model = shop.teacher if job is None else self._load_student(job)
                 figures: dict[str, float] = {}
                 if generates and model.generate is not None:
@@ -732,7 +750,7 @@ class Run:
             "compared": self._compared(generates),
             "arms": {name: _spread(found) | counts[name] for name, found in rows.items()},
             "arms_info": {"teacher": {"label": "teacher", "updates": None, "data": "real", "note": ""}}
-            | {a.title: self._about(a) for a in recipe.arms},
+            | {name: {"label": name} | self._about(arm) for name, arm in arms.items()},
             "surrogates": surrogates,
             "seeds": list(recipe.seeds),
             "environment": environment,
@@ -817,7 +835,7 @@ class Run:
         if self.recipe.student and self.recipe.student.start:
             note = f"from the teacher's weights, {note}"
         note = "; ".join([note, " + ".join(f"{v} {k}" for k, v in counts.items()) + " updates", *extra])
-        return {"label": arm.title, "updates": sum(counts.values()), "data": "real" if arm.real else "none", "note": note}
+        return {"updates": sum(counts.values()), "data": "real" if arm.real else "none", "note": note}
 
     def _data_free_note(self, arm: config.Arm) -> str:
         if self.recipe.distill and self.recipe.distill.link:

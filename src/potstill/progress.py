@@ -15,7 +15,7 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from .errors import shown
+from .errors import redacted, shown
 
 LINE_SECONDS = 60.0
 PACE_SECONDS = 60.0  # of the past that a pace is measured over: what was done before a run went on is no measure
@@ -150,8 +150,9 @@ class Board:
 
 
 def tell(event: str, **content: Any) -> None:
-    """One event as a JSON object on a line of stderr."""
-    line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event} | content
+    """One event as a JSON object on a line of stderr, without secrets."""
+    line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event}
+    line |= {key: redacted(value) if isinstance(value, str) else value for key, value in content.items()}
     print(json.dumps(line), file=sys.stderr, flush=True)
 
 

@@ -87,7 +87,7 @@ class Ranks:
         shared: T = json.loads(store.get(key))
         return shared
 
-    def each(self, items: Iterator[str]) -> Iterator[str]:
+    def each(self, items: Iterator[T]) -> Iterator[T]:
         """The items of the first process, where alone they are asked for."""
         while (item := self.share(lambda: next(items, None))) is not None:
             yield item

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from .errors import BadInput, Failed, without_tokens
+from .errors import BadInput, Failed, redacted
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -23,20 +23,6 @@ PACKAGES = {"file": None, "memory": None, "s3": "s3fs", "gs": "gcsfs", "az": "ad
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-# What stands before an @, or after a question mark: where addresses carry passwords and tokens.
-_SECRETS = (
-    re.compile(r"(://)[^\s'\"]*@"),
-    re.compile(r"(://[^\s'\"/]*):[^\s'\"/@]+(?=/|\s|['\"]|$)"),
-    re.compile(r"(://[^\s'\"?]*\?)[^\s'\"]+"),
-)
-
-
-def redacted(text: str) -> str:
-    """The text, with access tokens of the Hub, and what may be a secret within an address, replaced."""
-    text = without_tokens(text)
-    for pattern in _SECRETS:
-        text = pattern.sub(lambda found: f"{found[1]}***{'@' if found[0].endswith('@') else ''}", text)
-    return text
 
 
 def is_url(path: str) -> bool:

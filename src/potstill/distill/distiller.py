@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,41 @@ from ..model import Model, evaluating
 from ..noise import DrawnOnce, Noise, NoiseSource
 from ..trace import Point, Sampler, Trace, noise_of, run
 from .adversary import Adversary
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What students of several sizes have in common of one batch, such as the teacher's trace: made for the first that comes to it.
+
+    The last of each kind is kept, so the students must go from batch to batch together to gain by it; they are the same if they do not.
+
+    Args:
+        keeps: ``False`` for a student alone, for which everything is made when it asks.
+    """
+
+    keeps: bool = True
+    _made: dict[str, tuple[Hashable, Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __call__(self, what: str, of: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` gives.
+
+        Args:
+            what: kind of thing.
+            of: what it is a function of, such as the batch's noise, in which seed, phase, step and rows are told.
+            make: called unless the last of its kind was of the same.
+        """
+        if not self.keeps:
+            return make()
+        if what not in self._made or self._made[what][0] != of:
+            self._made.pop(what, None)  # first, or for a moment there would be two
+            self._made[what] = of, make()
+        found: T = self._made[what][1]
+        return found
+
+
+UNSHARED = Shared(keeps=False)
 
 
 @dataclass(frozen=True)
@@ -59,6 +95,7 @@ class Distiller(nn.Module):
             student's, on the same noise: a distance between images as the teacher sees them, and not pixel by pixel.
         energy: with program "generate", what the teacher says of the student's images by themselves, such as how far the statistics
             of its BatchNorm layers are from those of its training data, which its own samples may miss as well.
+        shared: with Distillers of other students, alike in all else, which go through the same batches.
 
     Raises:
         ValueError: ``elbo``, ``adversary``, ``perceptual`` or ``energy`` with another program; the last two and a teacher that is not
@@ -77,6 +114,7 @@ class Distiller(nn.Module):
         adversary: Adversary | None = None,
         perceptual: Sequence[Match] = (),
         energy: Energy = Energy(),
+        shared: Shared = UNSHARED,
     ):
         super().__init__()
         if (perceptual or energy.terms) and program != "generate":
@@ -90,7 +128,7 @@ class Distiller(nn.Module):
         self.net, self.adversary = student.net, adversary
         self._teacher = (teacher,)
         self._student, self.rules, self.program, self.replay, self.share, self.elbo = student, tuple(rules), program, replay, share, elbo
-        self.perceptual, self.energy = tuple(perceptual), energy
+        self.perceptual, self.energy, self._shared = tuple(perceptual), energy, shared
 
     def forward(self, noise: Noise, images: Tensor | None = None, n: int | None = None) -> dict[str, Tensor]:
         """Weighted losses by node, each ``(batch,)``.
@@ -102,45 +140,59 @@ class Distiller(nn.Module):
         """
         (teacher,), student = self._teacher, self._student
         batch = n if images is None else len(images)
-        reads = images is not None and self.program != "generate"
-
-        def inputs(model: Model) -> tuple[Tensor, ...]:
-            return (model.images.encode(images),) if images is not None and reads else ()
-
-        drawn: NoiseSource = DrawnOnce(noise)
-        shared = drawn
-        target: Trace | None = None
-        replayed: dict[str, Tensor] = {}
-        compared = any(rule.weight for rule in self.rules)
-        if compared or self.adversary is not None or self.perceptual:
-            with torch.no_grad():
-                given = {} if images is None or reads else self._latents(images, noise)
-                target = run(teacher.program(self.program), *inputs(teacher), noise=drawn, n=batch, given=given, device=teacher.device)
-                if given:
-                    shared = noise_of(target, drawn)
-                replayed = target.values_of(self.replay) if self.replay else {}
-        if self.share != "*":
-            shared = PartlyShared(shared, noise.fold("the student's own"), self.share)
-        found = run(student.program(self.program), *inputs(student), noise=shared, n=batch, given=replayed, device=teacher.device)
-        losses = compare(target, found, self.rules) if target is not None and compared else {}
+        target, drawn, replayed = self._shared("teacher", noise, lambda: self._of_teacher(noise, images, batch))
+        inputs = self._inputs(student, images)
+        found = run(student.program(self.program), *inputs, noise=drawn, n=batch, given=replayed, device=teacher.device)
+        losses = compare(target, found, self.rules) if target is not None and self._compares else {}
         if self.adversary is not None and target is not None:
             losses |= self.adversary.of_traces(target, found, (teacher, student))
-        if target is not None and self.perceptual:
+        if self.perceptual and target is not None:
             losses |= self._perceived(target, found, noise.fold("perceptual"))
         if self.energy.terms:
             view = Look(teacher, noise=noise.fold("energy"))(student.images.decode(found.out.dist.mean))
             losses |= {f"energy.{name}": part for name, part in self.energy.parts(view, every=True).items()}
         if self.elbo:
-            parts = negative_elbo(found, *inputs(student))
+            parts = negative_elbo(found, *inputs)
             losses |= {f"elbo.{name}": self.elbo * part for name, part in parts.items()}
         return losses
 
+    @property
+    def _compares(self) -> bool:
+        return any(rule.weight for rule in self.rules)
+
+    def _inputs(self, model: Model, images: Tensor | None) -> tuple[Tensor, ...]:
+        return () if images is None or self.program == "generate" else (model.images.encode(images),)
+
+    def _of_teacher(self, noise: Noise, images: Tensor | None, n: int | None) -> tuple[Trace | None, NoiseSource, dict[str, Tensor]]:
+        """All that no student has a part in: the teacher's trace where it is read, the student's noise, and the values it replays."""
+        (teacher,) = self._teacher
+        drawn = DrawnOnce(noise)
+        shared: NoiseSource = drawn
+        target: Trace | None = None
+        replayed: dict[str, Tensor] = {}
+        if self._compares or self.adversary is not None or self.perceptual:
+            with torch.no_grad():
+                given = self._latents(images, noise) if images is not None and self.program == "generate" else {}
+                inputs = self._inputs(teacher, images)
+                target = run(teacher.program(self.program), *inputs, noise=drawn, n=n, given=given, device=teacher.device)
+                if given:
+                    shared = noise_of(target, drawn)
+                replayed = target.values_of(self.replay) if self.replay else {}
+        if self.share != "*":
+            shared = PartlyShared(shared, DrawnOnce(noise.fold("the student's own")), self.share)
+        return target, shared, replayed
+
     def _perceived(self, target: Trace, found: Trace, noise: Noise) -> dict[str, Tensor]:
         """Divergences of what the teacher infers from both images; the gradient reaches the student through the teacher's encoder."""
-        (teacher,), student, drawn = self._teacher, self._student, DrawnOnce(noise)
+        (teacher,), student = self._teacher, self._student
+
+        @torch.no_grad()
+        def of_teacher() -> tuple[Trace, NoiseSource]:
+            drawn = DrawnOnce(noise)
+            return run(teacher.program("infer"), target.out.dist.mean, noise=drawn), drawn
+
+        expected, drawn = self._shared("perceptual", noise, of_teacher)
         images = teacher.images.encode(student.images.decode(found.out.dist.mean))
-        with torch.no_grad():
-            expected = run(teacher.program("infer"), target.out.dist.mean, noise=drawn)
         parts = compare(expected, run(teacher.program("infer"), images, noise=drawn), self.perceptual)
         return {f"perceptual.{name}": part for name, part in parts.items()}
 
@@ -163,12 +215,13 @@ class Encoding(nn.Module):
         teacher: frozen by the caller; no submodule.
         student: a model that infers.
         rules: which nodes to compare, and how.
+        shared: as of a Distiller.
     """
 
-    def __init__(self, teacher: Model, student: Model, rules: Sequence[Match] = (Match(),)):
+    def __init__(self, teacher: Model, student: Model, rules: Sequence[Match] = (Match(),), shared: Shared = UNSHARED):
         super().__init__()
         self.net = student.net
-        self._teacher, self._student, self.rules = (teacher,), student, tuple(rules)
+        self._teacher, self._student, self.rules, self._shared = (teacher,), student, tuple(rules), shared
 
     def forward(self, noise: Noise, images: Tensor | None = None, n: int | None = None) -> dict[str, Tensor]:
         """Weighted losses by node, each ``(batch,)``.
@@ -179,17 +232,22 @@ class Encoding(nn.Module):
             n: batch size.
         """
         (teacher,), student = self._teacher, self._student
-        with torch.no_grad():
-            generated = run(teacher.program("generate"), noise=noise, n=n, device=teacher.device)
-            x = student.images.encode(teacher.images.decode(generated.output))
+
+        @torch.no_grad()
+        def of_teacher() -> tuple[Trace, Tensor, NoiseSource]:
+            trace = run(teacher.program("generate"), noise=noise, n=n, device=teacher.device)
+            # On the teacher's own noise the student could pass the latents through without a look at the image.
+            return trace, teacher.images.decode(trace.output), DrawnOnce(noise.fold("the student's own"))
+
+        generated, pictured, own = self._shared("teacher", noise, of_teacher)
+        x = student.images.encode(pictured)
 
         def known(sample: Sampler) -> Tensor:
             for name, node in generated.latents().items():
                 sample(name, Point(node.value))
             return x
 
-        # On the teacher's own noise the student could pass the latents through without a look at the image.
-        found = run(student.program("infer"), x, noise=noise.fold("the student's own"))
+        found = run(student.program("infer"), x, noise=own)
         return compare(run(known, noise=noise, n=n, device=teacher.device), found, self.rules)
 
 
@@ -295,11 +353,21 @@ class Continual(nn.Module):
         rules: what to compare of the two generators on the same noise.
         new: weight of the new images, in (0, 1); the rest is the replayed ones'.
         elbo: weight of the own loss of replayed images; 0 lets inference forget.
+        shared: as of a Distiller.
     """
 
-    def __init__(self, teacher: Model, student: Model, own: Elbo | WakeSleep, rules: Sequence[Match], new: float = 0.5, elbo: float = 1.0):
+    def __init__(
+        self,
+        teacher: Model,
+        student: Model,
+        own: Elbo | WakeSleep,
+        rules: Sequence[Match],
+        new: float = 0.5,
+        elbo: float = 1.0,
+        shared: Shared = UNSHARED,
+    ):
         super().__init__()
-        self.own = own
+        self.own, self._shared = own, shared
         self._teacher, self._student, self.rules, self.new, self.elbo = (teacher,), student, tuple(rules), new, elbo
 
     def forward(self, noise: Noise, images: Tensor, warmup: float = 1.0) -> dict[str, Tensor]:
@@ -311,10 +379,14 @@ class Continual(nn.Module):
             warmup: as the own loss takes it.
         """
         (teacher,), student, n = self._teacher, self._student, len(images)
-        drawn = DrawnOnce(noise.fold("replay"))
-        with torch.no_grad():
-            known = run(teacher.program("generate"), noise=drawn, n=n, device=images.device)
-            replayed = teacher.images.decode(known.output)
+
+        @torch.no_grad()
+        def of_teacher() -> tuple[Trace, Tensor, NoiseSource]:
+            drawn = DrawnOnce(noise.fold("replay"))
+            trace = run(teacher.program("generate"), noise=drawn, n=n, device=images.device)
+            return trace, teacher.images.decode(trace.output), drawn
+
+        known, replayed, drawn = self._shared("teacher", noise, of_teacher)
         losses = {}
         if any(rule.weight for rule in self.rules):
             found = run(student.program("generate"), noise=drawn, n=n, device=images.device)

@@ -6,7 +6,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,10 @@ Objective = Callable[..., dict[str, Tensor]]
 
 # A loss has run away when it is above its smallest value by so many times its largest size in so many first updates.
 FAR, FIRST_UPDATES = 10.0, 100
+
+
+class Stopped(KeyboardInterrupt):
+    """A training was asked to stop, and has saved its state, unless its loss was far from where it should be."""
 
 
 @dataclass(frozen=True)
@@ -247,12 +251,44 @@ def fit(
         save_seconds: least time between two saved states.
         log_steps: updates between two lines of the log.
         patience: updates on end that a loss may be far above its smallest (see :class:`Watch`), or ``None`` for any number.
-        keep_going: asked before every update; when it says no, the state is saved and ``KeyboardInterrupt`` raised.
+        keep_going: asked before every update; when it says no, the state is saved and :class:`Stopped` raised.
 
     Raises:
         BadInput: a loss or a weight is not finite, or a loss has diverged; it names the term or the weight, and the update. Nothing is
             saved then, nor while a loss is far above its smallest: the last state is from before.
     """
+    training = fitting(
+        net,
+        phases,
+        names,
+        noise,
+        engine=engine,
+        states=states,
+        log=log,
+        save_seconds=save_seconds,
+        log_steps=log_steps,
+        patience=patience,
+        keep_going=keep_going,
+    )
+    for _ in training:
+        pass
+
+
+def fitting(
+    net: nn.Module,
+    phases: Callable[[str], Phase],
+    names: list[str],
+    noise: Noise,
+    *,
+    engine: Accelerator,
+    states: States,
+    log: Log,
+    save_seconds: float = 30.0,
+    log_steps: int = 25,
+    patience: int | None = None,
+    keep_going: Callable[[], bool] = lambda: True,
+) -> Iterator[tuple[int, int]]:
+    """:func:`fit` for who asks for one update after another: before each it tells where it is, the phase's position and the step."""
     saved, _ = states.load()
     first, done = 0, dict[str, int]()
     if saved:
@@ -272,13 +308,35 @@ def fit(
                 if line["phase"] == names[position] and (parts := _parts_of(line)):
                     watch.add(line["step"], parts)
             phase = phases(names[position])
-            _fit_phase(net, phase, noise, resumed, engine, states, log, save_seconds, log_steps, keep_going, position, watch)
+            for step in _fit_phase(net, phase, noise, resumed, engine, states, log, save_seconds, log_steps, keep_going, position, watch):
+                yield position, step
 
 
 def _parts_of(line: dict[str, Any]) -> dict[str, float]:
     """The terms of a loss that a line of the log tells."""
     found = {k.removeprefix("loss/"): v for k, v in line.items() if k.startswith("loss/")}
     return {k: v for k, v in found.items() if isinstance(v, float) and math.isfinite(v)}
+
+
+def abreast(trainings: Iterable[Iterator[tuple[int, int]]]) -> None:
+    """Go through several :func:`fitting` at once, always on with the one that is furthest behind, so that all are at the same batch.
+
+    Raises:
+        Stopped: one was asked to stop; by then all were, each as it says.
+    """
+    at = dict.fromkeys(trainings, (-1, 0))
+    stopped = False
+    while at:
+        behind = min(at, key=at.__getitem__)
+        try:
+            at[behind] = next(behind)
+        except StopIteration:
+            del at[behind]
+        except Stopped:
+            stopped = True
+            del at[behind]
+    if stopped:
+        raise Stopped
 
 
 def _check_same(states: States, begins: Tensor) -> None:
@@ -301,7 +359,7 @@ def _fit_phase(
     keep_going: Callable[[], bool],
     position: int,
     watch: Watch,
-) -> None:
+) -> Iterator[int]:
     training = phase.training
     optimizer = torch.optim.AdamW(
         phase.parameters, training.lr, (training.beta1, training.beta2), weight_decay=training.weight_decay, foreach=True
@@ -343,11 +401,12 @@ def _fit_phase(
 
     since_log, since_save, logged = time.perf_counter(), time.monotonic(), start
     for step in range(start, training.steps):
+        yield step
         if not keep_going():
             if watch.calm:
                 save(step)
             engine.wait_for_everyone()  # or the processes that have nothing to write would end, and with them the one that has
-            raise KeyboardInterrupt
+            raise Stopped
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(training, step)
         index = shuffled(step)[rows.start : rows.stop] if shuffled else None

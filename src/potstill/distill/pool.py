@@ -12,6 +12,7 @@ from ..families.chain import Chain
 from ..model import Model
 from ..noise import Noise
 from ..trace import Trace, run
+from .distiller import UNSHARED, Shared
 from .rows import of_all
 
 
@@ -30,17 +31,28 @@ class OnlineLinks(nn.Module):
         size: unfinished images that are kept.
         noise: of the images that the pool begins with.
         batch: images of which the first ones are advanced at a time.
+        shared: with pools of other students, alike in all else, which go through the same batches.
     """
 
     x: Tensor
     done: Tensor
     told: Tensor
 
-    def __init__(self, teacher: Model, student: Model, chain: Chain, rules: Sequence[Match], size: int, noise: Noise, batch: int = 256):
+    def __init__(
+        self,
+        teacher: Model,
+        student: Model,
+        chain: Chain,
+        rules: Sequence[Match],
+        size: int,
+        noise: Noise,
+        batch: int = 256,
+        shared: Shared = UNSHARED,
+    ):
         super().__init__()
         self.net = student.net
         self._teacher, self._student, self.rules, self._chain = (teacher,), student, tuple(rules), (chain,)
-        self._noise, self._batch = noise, batch
+        self._noise, self._batch, self._shared = noise, batch, shared
         self.register_buffer("x", torch.zeros((size, *chain.image), device=teacher.device))
         # Links behind each image; below 0 before the pool is filled.
         self.register_buffer("done", torch.full((size,), -1, dtype=torch.int64, device=teacher.device))
@@ -55,11 +67,12 @@ class OnlineLinks(nn.Module):
             index: places in the pool, ``(batch,)`` int64, each once, also over all processes.
         """
         if int(self.done[0]) < 0:
-            self._fill()
+            for own, filled in zip((self.x, self.done, self.told), self._shared("pool", self._noise, self._filled), strict=True):
+                own.copy_(filled)
         index = index.to(self.x.device)
         x, done = self.x[index], self.done[index]
         told = self.told[index] if len(self.told) else self.told
-        target = self._linked(x, done, told, noise)
+        target = self._shared("teacher", noise, lambda: self._linked(x, done, told, noise))
         student = self._student
         # What a link begins with is given, so the images that it would be noised from are not read.
         begins = {name: target[name].value for name in ("t", "xt", "told") if name in target}
@@ -87,17 +100,16 @@ class OnlineLinks(nn.Module):
         return trace
 
     @torch.no_grad()
-    def _fill(self) -> None:
-        """Evenly many images at every time of the chain, each brought there from noise."""
+    def _filled(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Evenly many images at every time of the chain, each brought there from noise; the links behind each, and its condition."""
         size, steps = len(self.x), self._chain[0].steps
-        self.x.copy_(self._noise.normal("xT", self.x.shape, self.x.device))
-        if len(self.told):
-            self.told.copy_(self._tell(self._noise, size))
-        everyone = torch.arange(size, device=self.x.device)
+        x = self._noise.normal("xT", self.x.shape, self.x.device)
+        conditions = self._tell(self._noise, size) if len(self.told) else self.told
+        everyone = torch.arange(size, device=x.device)
         goal = everyone * steps // size
         for k in range(int(goal[-1])):
             for rows in everyone[goal > k].split(self._batch):
-                told = self.told[rows] if len(self.told) else self.told
-                trace = self._linked(self.x[rows], torch.full_like(rows, k), told, self._noise.fold("link", k).at(rows.tolist()))
-                self.x[rows] = trace.output
-        self.done.copy_(goal)
+                told = conditions[rows] if len(conditions) else conditions
+                trace = self._linked(x[rows], torch.full_like(rows, k), told, self._noise.fold("link", k).at(rows.tolist()))
+                x[rows] = trace.output
+        return x, goal, conditions

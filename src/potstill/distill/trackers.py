@@ -62,20 +62,20 @@ def tracked(
         if step <= last:
             return
         try:
-            engine.log({f"{entry['phase']}/{k}": v for k, v in entry.items() if k not in _PLACE}, step=step)
+            for tracker in started:
+                tracker.log({f"{entry['phase']}/{k}": v for k, v in entry.items() if k not in _PLACE}, step=step)
         except Exception as error:
             raise _failed("take a line of the log", error) from None
         last = step
         write_json(sent, {"step": step})
 
-    _start(engine, names, folder, project, title)
+    started = _start(engine, names, folder, project, title)
     try:
         yield tell
     finally:
-        for tracker in engine.trackers:
+        for tracker in started:
             with contextlib.suppress(Exception):  # what it has been told is told; the training is not to fail for its farewell
                 tracker.finish()
-        engine.trackers = []
 
 
 def _last(sent: Path) -> int:
@@ -85,12 +85,13 @@ def _last(sent: Path) -> int:
         return 0
 
 
-def _start(engine: Accelerator, names: Sequence[str], folder: Path, project: str, title: str) -> None:
+def _start(engine: Accelerator, names: Sequence[str], folder: Path, project: str, title: str) -> list[Any]:
     from accelerate.tracking import filter_trackers
 
     os.environ.setdefault("WANDB_SILENT", "true")  # the last line of a worker is its own
-    # A training that goes on adds to its own record.
+    # A training that goes on adds to its own record, and those of students that are trained together to one each.
     record = {"name": title, "id": fingerprint([str(folder.resolve()), title])[:16], "resume": "allow", "dir": str(folder)}
+    record["reinit"] = "create_new"
     started: list[Any] = []
     engine.project_configuration.logging_dir = str(folder)
     for name in dict.fromkeys(names):
@@ -103,7 +104,8 @@ def _start(engine: Accelerator, names: Sequence[str], folder: Path, project: str
         except Exception as error:
             raise _failed(f"start {name}", error) from None
         started += engine.trackers
-    engine.trackers = started
+        engine.trackers = []  # an engine has those of one training, and may be of several at once
+    return started
 
 
 def _failed(what: str, error: Exception) -> Failed:

@@ -149,7 +149,7 @@ class Chain(nn.Module):
 
     def step(self, x: Tensor, t: float, s: float, told: Tensor | None = None) -> Distribution:
         """One link from time ``t`` to ``s``, of images ``(batch, C, H, W)``."""
-        before, after = (x.new_full((len(x),), time) for time in (t, s))
+        before, after = (x.new_full((x.shape[0],), time) for time in (t, s))
         return self.towards(self(x, before, told), x, before, after)
 
     def tell(self, sample: Sampler) -> Tensor | None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..errors import BadInput
 from ..model import Model
 from ..noise import Noise
-from .chain import Chain, Prediction, prediction_of
+from .chain import FLOW_TIMES, Chain, Prediction, prediction_of
 from .latent import LatentDiffusion
 
 _TOKENS = 16  # of a caption; Stable Diffusion has 77
@@ -178,6 +178,26 @@ class UNet(
             c.conditions,
             self.arguments,
         )
+
+    def save_pipeline(self, folder: Path) -> None:
+        """Write a folder in diffusers' layout, ``unet`` and ``scheduler``, which its pipelines load."""
+        import diffusers
+
+        c = self.chain
+        if c.prediction == "flow":
+            scheduler, pipeline = diffusers.FlowMatchEulerDiscreteScheduler(FLOW_TIMES), "DDPMPipeline"
+        else:
+            betas = {"beta_start": self.betas[0], "beta_end": self.betas[1], "beta_schedule": self.schedule}
+            predicts = "v_prediction" if c.prediction == "v" else c.prediction
+            kind, pipeline = ("DDPMScheduler", "DDPMPipeline") if c.sampler == "ddpm" else ("DDIMScheduler", "DDIMPipeline")
+            scheduler = getattr(diffusers, kind)(
+                self.times, **betas, clip_sample=c.clip, prediction_type=predicts, timestep_spacing="trailing"
+            )
+        c.net.save_pretrained(folder / "unet", safe_serialization=True)
+        scheduler.save_pretrained(folder / "scheduler")
+        index = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__}
+        index |= {"unet": ["diffusers", type(c.net).__name__], "scheduler": ["diffusers", type(scheduler).__name__]}
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def chain_of(model: Model) -> Chain | None:

@@ -180,7 +180,7 @@ class GAN(
         """Images ``(batch, C, H, W)`` in [-1, 1] to what they were generated from, and back."""
         q_z, q_y = self.encode(x)
         z = sample("z", q_z)
-        return self.decode(z, None if q_y is None else sample(LABEL, q_y, prior=self._labels(len(x), x.device)))
+        return self.decode(z, None if q_y is None else sample(LABEL, q_y, prior=self._labels(x.shape[0], x.device)))
 
 
 class Discriminator(nn.Module):

@@ -33,7 +33,7 @@ class Stroke(Distribution):
 
     def __init__(self, logits: Tensor, offset: Normal, temperature: float = 1.0):
         self.pen, self.offset, self.temperature = Bernoulli(logits=logits, validate_args=False), offset, temperature
-        super().__init__(torch.Size((len(logits), 3, *logits.shape[2:])), validate_args=False)
+        super().__init__(torch.Size((logits.shape[0], 3, *logits.shape[2:])), validate_args=False)
 
     @property
     def mean(self) -> Tensor:
@@ -191,7 +191,7 @@ class VRNN(
 
     def infer(self, sample: Sampler, x: Tensor) -> Distribution:
         """Sequences ``(batch, 3, steps, 1)`` to latents and back."""
-        state, features, states = self._start(len(x)), [], []
+        state, features, states = self._start(x.shape[0]), [], []  # len would be a constant in an export
         seen = x.squeeze(3).permute(2, 0, 1)
         for t, (step, feature) in enumerate(zip(seen, self.feature_extractor_x(seen), strict=True)):
             features.append(self.feature_extractor_z(sample(f"z{t}", self.posterior(feature, state[0]), prior=self.prior(state[0]))))

@@ -3,8 +3,10 @@
 It is made from the files of the run folder alone, so it can be written again at any time, and the same files give the same bytes.
 """
 
+import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,14 +22,14 @@ from . import figures, tables
 from .figures import Picture, Pictures
 from .tables import Arm, Metric, Value
 
-__all__ = ["ReportError", "write"]
+__all__ = ["ReportError", "outdated", "write"]
 
 _FORMAT = "potstill-metrics/1"
 _PAIRS = 24  # surrogate images shown beside their nearest real neighbor; the closest come first, so the rest tell less
 _CAPTIONED = 24  # surrogate images shown with what they were made for
 _STEPS = 16  # columns of a strip of predictions, which fill the page
 _ROWS = 8
-_PANELS = 40  # of losses: each takes a moment to draw, and a log may name any number of phases
+_PANELS = 128  # of losses: each takes a moment to draw, and a log may name any number of phases; arms have up to three, in each size
 _TERMS = 16  # energies that a surrogate is shown with: more than there are, so a file of thousands cannot make a page of them
 _SETS = {"surrogate": "free", "teacher": "teacher", "real": "real"}
 _WITHOUT_NOISE = ("inversion", "latent")  # kinds whose images are not denoised
@@ -308,6 +310,22 @@ def _training(run: Path, arms: Sequence[Arm]) -> list[dict[str, Any]]:
     return panels
 
 
+def _exports(run: Path) -> dict[str, dict[str, Any]]:
+    """What each export of the run says of itself, by its folder."""
+    return {path.parent.name: _read_manifest(path) for path in sorted((run / "export").glob("*/export.json"))}
+
+
+def _digest(exports: Mapping[str, Any]) -> str:
+    """Of the exports on a page; empty where there are none."""
+    return hashlib.sha256(json.dumps(exports, sort_keys=True).encode()).hexdigest() if exports else ""
+
+
+def outdated(run: Path) -> bool:
+    """Whether `run/report.html` shows other exports than the run now has."""
+    shown = re.search(r'<section id="exports" data-digest="(\w+)">', _read_text(run / "report.html") or "")
+    return (shown[1] if shown else "") != _digest(_exports(run))
+
+
 def _count(found: object) -> str:
     """A whole number with its thousands apart, anything else as it is, a dash for nothing."""
     return tables.DASH if found is None else f"{found:,}" if isinstance(found, int) and not isinstance(found, bool) else str(found)
@@ -337,6 +355,8 @@ def _render(run: Path) -> str:
     dots, floor_at = _dots(arms, compared, floor.get(compared.key))
     updates = {arm.updates for arm in arms if arm.kind != "teacher" and arm.updates is not None}
     seeds = metrics.get("seeds")
+    exports = _exports(run)
+    exported = tables.exports_of(exports)
 
     loader = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -357,6 +377,9 @@ def _render(run: Path) -> str:
         reference=dict(reference) if isinstance(reference, Mapping) else {},
         compared=compared,
         timed=_timed(arms),
+        exported=exported,
+        export_columns=tables.export_metrics(exported),
+        export_digest=_digest(exports),
         dots=dots,
         floor_at=floor_at,
         uneven=len(updates) > 1,

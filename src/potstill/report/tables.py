@@ -5,6 +5,7 @@ command line can print a table without loading a plotting library.
 """
 
 import math
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 __all__ = ["ARM_LABELS", "DASH", "METRICS", "Arm", "Metric", "Value", "arms_of", "compared_metric", "features_of", "floor_of"]
 __all__ += ["SURROGATE", "format_value", "metric_of", "metrics_in", "ratio", "subject_of", "surrogate_label", "surrogate_metrics"]
-__all__ += ["surrogates_of", "text_table", "verdict"]
+__all__ += ["export_metrics", "exports_of", "surrogates_of", "text_table", "verdict"]
 
 DASH = "–"
 """What stands where a value is missing: an en dash, which every terminal's code page has."""
@@ -87,6 +88,7 @@ METRICS: tuple[Metric, ...] = (
 _SURROGATE_METRICS = (Metric("images", "Images", short="images"), METRICS[0])
 _ENERGY = "energy."  # before the name of one among a surrogate's values
 _BY_KEY = {metric.key: metric for metric in METRICS}
+_MOST_EXPORTED = 16  # rows of one export: more than there are, so a file of thousands cannot make a page of them
 _COST_PREFIXES = ("latency", "throughput", "params", "size", "memory", "flops")
 _TEXT_COLUMNS = ("frechet", "mmd", "one_nn", "reconstruction_mse", "accuracy", "params", "size_mib", "latency_ms_b1")
 _GROUPED_COLUMNS = ("reconstruction_mse", "accuracy", "share")  # in a column for each group of labels, where the recipe names some
@@ -192,6 +194,31 @@ def surrogate_metrics(rows: Sequence[Arm]) -> list[Metric]:
     present = dict.fromkeys(key for row in rows for key in row.values)
     energies = [Metric(key, f"Energy: {_words(key.removeprefix(_ENERGY))}") for key in present if key.startswith(_ENERGY)]
     return [metric for metric in _SURROGATE_METRICS if metric.key in present] + energies
+
+
+_EXPORTED = {
+    "size_mib": _BY_KEY["size_mib"],
+    "latency_ms_b1": _BY_KEY["latency_ms_b1"],
+    "latency_ms_b64": _BY_KEY["latency_ms_b64"],
+    "max_abs_difference": Metric("max_abs_difference", "Difference to torch", "lower"),
+    "frechet": METRICS[0],
+}
+
+
+def exports_of(exports: Mapping[str, object]) -> list[Arm]:
+    """The rows of the tables of exports, each given by its folder; values that are null or not finite are left out."""
+    rows = []
+    for folder, found in exports.items():
+        table = _mapping(found).get("table")
+        for about in map(_mapping, table[:_MOST_EXPORTED] if isinstance(table, list) else []):
+            label = " · ".join(str(part)[:80] for part in (folder, about.get("name"), about.get("file")) if part)
+            rows.append(Arm(folder, label, "", None, "", _values({key: about.get(key) for key in _EXPORTED})))
+    return rows
+
+
+def export_metrics(rows: Sequence[Arm]) -> list[Metric]:
+    """The columns of the table of exports: those that one of them has."""
+    return [metric for key, metric in _EXPORTED.items() if any(key in row.values for row in rows)]
 
 
 def _words(key: str) -> str:
@@ -333,6 +360,7 @@ def verdict(metrics: Mapping[str, Any]) -> str:
 
     A loss is worded as plainly as a win. "Level" means that the difference is at most the pooled standard deviation,
     sqrt((sd1² + sd2²) / 2). Where an arm is missing the sentence says that there is nothing to compare with.
+    Of students of several sizes, the first is judged, against those of its size.
     """
     arms = arms_of(metrics)
     subject = subject_of(arms)
@@ -350,7 +378,12 @@ def verdict(metrics: Mapping[str, Any]) -> str:
     on = f" on features “{features_of(metrics)}”" if metric.key == "frechet" else ""
     figure = f"{metric.label} {format_value(ours)}{on}, {metric.direction}"
 
-    rivals = {SCRATCH: "student trained from scratch on real data", WITH_DATA: "student distilled with real data"}
+    size = re.fullmatch(rf"{DATA_FREE}(_w\d+)", subject.key)
+    of_its_size = size[1] if size else ""
+    rivals = {
+        f"{SCRATCH}{of_its_size}": "student trained from scratch on real data",
+        f"{WITH_DATA}{of_its_size}": "student distilled with real data",
+    }
     by_key = {arm.key: arm for arm in arms}
     said: dict[str, list[str]] = {}
     absent, values = [], [ours]
