@@ -98,7 +98,7 @@ def test_a_recipe_without_the_section_of_a_stage(refused):
     refused("tiny: the recipe has no train section", command="train")
     refused("tiny: the recipe has no distill section", command="distill", distill=None, evaluate=None, report=None)
     nothing = dict.fromkeys(("surrogate", "distill", "evaluate", "report"))
-    refused("tiny: the recipe has no stage in it: train, surrogate, distill, evaluate, report", **nothing)
+    refused("tiny: the recipe has no stage in it: train, calibrate, surrogate, distill, evaluate, report", **nothing)
 
 
 # ------------------------------------------------------------------ data

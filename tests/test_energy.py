@@ -34,6 +34,7 @@ from potstill.energy import (
     posterior_kl,
     posterior_kl_at,
     reconstruction,
+    relative_batchnorm,
     total_variation,
     typicality,
 )
@@ -257,6 +258,38 @@ def test_batchnorm_by_hand():
         assert batchnorm(View(images(), teacher)).tolist() == pytest.approx([expected] * N, abs=1e-5)
     x = images().requires_grad_()
     assert gradient(batchnorm, View(x, teacher), x)[0].isfinite().all()
+
+
+def test_relative_batchnorm_by_hand():
+    teacher = normed()
+    conv, norm = teacher.net[:2]
+    halves = [conv(part) for part in images().split(N // 2)]
+    norm.running_mean.copy_(torch.tensor([0.5, -1.0, 2.0]))
+    norm.running_var.copy_(torch.tensor([1.0, 4.0, 0.25]))
+    std = (norm.running_var + norm.eps).sqrt()
+    (m1, s1), (m2, s2) = (
+        ((h.mean((0, 2, 3)) - norm.running_mean) / std, (h.var((0, 2, 3), correction=0) + norm.eps).sqrt() / std - 1) for h in halves
+    )
+    expected = float((m1 * m2 + s1 * s2).mean())
+    assert relative_batchnorm(View(images(), teacher)).tolist() == pytest.approx([expected] * N, abs=1e-5)
+    x = images().requires_grad_()
+    assert gradient(relative_batchnorm, View(x, teacher), x)[0].isfinite().all()
+    with pytest.raises(ValueError, match="two halves of a batch"):
+        relative_batchnorm(View(images()[:1], teacher))
+
+
+def test_relative_batchnorm_is_0_on_average_for_the_layers_own_data_and_batchnorm_is_not():
+    """Small batches of the very images that the moments are of: what is left is sampling noise, which has no sign."""
+    teacher = normed()
+    conv, norm = teacher.net[:2]
+    many = Noise((5,)).uniform("x", (4096, *images().shape[1:]))
+    fed = conv(many)
+    norm.running_mean.copy_(fed.mean((0, 2, 3)))
+    norm.running_var.copy_(fed.var((0, 2, 3), correction=0))
+    found = torch.tensor([float(relative_batchnorm(View(part, teacher))[0]) for part in many.split(8)])
+    assert abs(float(found.mean())) < 4 * float(found.std()) / len(found) ** 0.5
+    assert (found < 0).any()
+    assert min(float(batchnorm(View(part, teacher))[0]) for part in many.split(8)) > 0
 
 
 @pytest.mark.parametrize("with_graph", [False, True])

@@ -32,17 +32,22 @@ def test_the_whole_recipe_at_toy_size(tmp_path):
             section |= {"prior": prior, "prompts_file": str(ROOT / "recipes" / "texts" / "tinyimagenet.yaml"), "steps": 2}
     for section in tree["distill"].values():
         section |= TOY
-    tree["arms"][3]["steps"] = 3
+    tree["calibrate"] = TOY
+    for at in (3, 5):
+        tree["arms"][at]["steps"] = 3
     tree["evaluate"] = {"features": "pixels", "n": 12, "latency_repeats": 3}
     tree["compute"] = {"threads": 1, "workers": 1}
     pipeline.execute(config.check(tree), tmp_path / "run", quiet=True)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert [*metrics["arms"]] == [
         "teacher",
+        "teacher_calibrated",
         "student_data_free",
         "student_with_data",
         "student_scratch",
         "longer",
+        "calibrated",
+        "calibrated-longer",
         "mixed-unguided",
         "mixed-guided",
         "mixed-guided-full",
@@ -55,10 +60,10 @@ def test_the_whole_recipe_at_toy_size(tmp_path):
     assert (tmp_path / "run" / "report.html").exists()
 
 
-def test_every_arm_but_the_longer_one_has_as_many_updates():
+def test_every_arm_but_the_longer_ones_has_as_many_updates():
     from potstill.jobs import updates
 
     recipe = config.read(ROOT / "recipes" / "cifar10-lvae.yaml")
     counts = {arm.title: sum(updates(recipe, arm).values()) for arm in recipe.arms}
-    assert counts.pop("longer") == 39000
+    assert counts.pop("longer") == counts.pop("calibrated-longer") == 39000
     assert set(counts.values()) == {19500}

@@ -491,6 +491,7 @@ class Term(Section):
     kind: Literal[
         "cross_entropy",
         "batchnorm",
+        "relative_batchnorm",
         "activation_summary",
         "disagreement",
         "posterior_kl",
@@ -683,6 +684,21 @@ class Generator(Training):
     )
 
 
+class Calibrate(Training):
+    """Before any student and without data, a small affine map of the noise behind each of the teacher's latents is found.
+
+    A teacher's samples may feed its layers something else than its training data did, whose moments BatchNorm layers remember.
+    """
+
+    steps: Count = 200
+    batch: Annotated[int, Field(ge=2, lt=2**31), _NUMERIC] = 192
+    lr: Positive = 3e-3
+    warmup: NotNegative = 10
+    energy: Spoken = Field(
+        default=(Term(kind="relative_batchnorm"),), min_length=1, description="what the teacher says of its samples, which is lowered"
+    )
+
+
 class Encoder(Training):
     """Second phase: the student's encoder on images, its generator frozen. Without a first phase, all that inference uses."""
 
@@ -812,6 +828,7 @@ class Arm(Section):
         default=None, description="one of the recipe's surrogates by name, or several put together; by default the section surrogate"
     )
     labels: Labels | None = Field(default=None, description="of its real images, where this arm's differ from the recipe's")
+    calibrated: bool = Field(default=False, description="whether its teacher is the one that the section calibrate makes")
     generate: bool = Field(default=True, description="whether a distilled arm has the phase generate")
     infer: bool = Field(default=True, description="whether a distilled arm's encoder is trained too")
 
@@ -842,11 +859,19 @@ class Arm(Section):
             raise ValueError(f"{own[0]} is of distilled arms; a {self.kind} arm has one phase of its own")
         if self.labels is not None and not self.real:
             raise ValueError("labels are of arms with real images")
+        if self.calibrated and self.kind != "data_free":
+            raise ValueError("calibrated is of data_free arms, whose teacher is given noise")
         if self.kind != "data_free" and (self.start is not None or (self.surrogate is not None and self.kind != "scratch")):
             raise ValueError("start and surrogate are of data_free arms; the others have real images")
-        if self.title == "teacher":
-            raise ValueError("an arm cannot be named teacher, which is the teacher's own row")
+        if self.title in ("teacher", "teacher_calibrated"):
+            raise ValueError(f"an arm cannot be named {self.title}, which is a row of its own")
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what is off: what is hashed of a recipe stays what it was before there were calibrated teachers."""
+        whole: dict[str, Any] = dump(self)
+        return {k: v for k, v in whole.items() if k != "calibrated" or v}
 
 
 class Evaluate(Section):
@@ -904,6 +929,7 @@ class Recipe(Section):
     data: Data | None = None
     train: Train | None = None
     teacher: Teacher | None = None
+    calibrate: Calibrate | None = None
     student: Student | None = None
     students: Annotated[tuple[Count, ...], Field(min_length=1)] | None = Field(
         default=None, description="widths of several students, in place of student; those of an arm and a seed share the teacher's work"
@@ -973,6 +999,13 @@ class Recipe(Section):
             problems.append(f"{'surrogate' if self.surrogate else 'surrogates'}: needs a teacher")
         if self.distill and not self.teacher:
             problems.append("distill: needs a teacher")
+        if self.calibrate and not self.teacher:
+            problems.append("calibrate: needs a teacher")
+        for arm in (arm for arm in self.arms if arm.calibrated):
+            if not self.calibrate:
+                problems.append(f"arm {arm.title}: calibrated needs a section calibrate")
+            if self.images_of(arm, "generate"):
+                problems.append(f"arm {arm.title}: calibrated goes with start: noise; no noise is known behind images of that teacher")
         if self.student and self.students:
             problems.append("students: widths in place of student; give one of the two")
         if self.distill and not (self.student or self.students):

@@ -13,6 +13,7 @@ from .synthesize import surrogate
 
 MADE = {
     "train": ("teacher", "train"),
+    "calibrate": ("calibrated",),
     "synthesize": ("surrogate", "surrogates"),
     "distill": ("students", "student"),
     "evaluate": ("evaluate", "metrics.json"),

@@ -23,6 +23,7 @@ from . import build, config
 from .data import Dataset, Kept, Split, floats
 from .distill.adversary import AdversarialTraining, Adversary
 from .distill.augment import augmented
+from .distill.calibration import Calibrated, Calibration
 from .distill.distiller import UNSHARED, Classification, Continual, Distiller, Encoding, Shared, likelihood, reached, train_only
 from .distill.loop import Batch, Log, Phase, abreast, fit, fitting
 from .distill.pool import OnlineLinks
@@ -98,6 +99,17 @@ class Workshop:
         model = build.teacher(self.recipe.teacher, self.folder / "teacher", self.allowed)
         model.net.to(self.device, memory_format=torch.channels_last)  # convolutions run up to twice as fast
         return model
+
+    @cached_property
+    def calibrated(self) -> Model:
+        """The teacher as the stage calibrate has left it, frozen."""
+        net = Calibrated(self.teacher)
+        build.load_weights(net, self.folder / "calibrated" / "model.safetensors")
+        return net.model().frozen()
+
+    def teacher_of(self, arm: config.Arm) -> Model:
+        """What the students of an arm learn from."""
+        return self.calibrated if arm.calibrated else self.teacher
 
     @cached_property
     def classes(self) -> int | None:
@@ -612,7 +624,7 @@ def _distilled(
     keep_going: Callable[[], bool],
     every: Shared,
 ) -> Callable[[str], Phase]:
-    arm, teacher = job.arm, shop.teacher
+    arm, teacher = job.arm, shop.teacher_of(job.arm)
     sections: dict[str, config.Training | None] = {"link": distill.link, "generate": distill.generate, "infer": distill.infer}
     counts = updates(shop.recipe, arm)
 
@@ -863,6 +875,58 @@ def make_teacher(
     if engine.is_main_process:
         save_network(model, shop.folder / "teacher", teacher_card(recipe, shop.real.name, parameters(model.net)))
     return model
+
+
+def _calibration(shop: Workshop, net: Calibrated) -> Calibration:
+    section, of = shop.recipe.calibrate, shop.recipe.teacher
+    assert section is not None  # the recipe's own check
+    assert of is not None
+    return Calibration(shop.teacher, net, build.energy(section.energy, shop.teacher, of, shop.recipe.seed, shop.allowed))
+
+
+def rehearse_calibration(shop: Workshop) -> None:
+    """Find the calibration's loss once, of four samples.
+
+    Raises:
+        BadInput: the teacher has no latents to calibrate, or nothing that the energy wants.
+    """
+    try:
+        losses = _calibration(shop, Calibrated(shop.teacher))(Noise((0, "rehearsal")), 4)
+        learns = any(loss.requires_grad for loss in losses.values())
+    except Exception as error:
+        raise BadInput(f"calibrate: {build.reason(error)}") from None
+    if not learns:
+        raise BadInput("calibrate: no energy has a weight, so there is nothing to learn")
+
+
+def make_calibrated(
+    shop: Workshop,
+    engine: Accelerator,
+    *,
+    keep_going: Callable[[], bool] = lambda: True,
+    told: Callable[[dict[str, Any]], None] | None = None,
+) -> None:
+    """Calibrate the teacher by the recipe's ``calibrate`` section, and write what was found to ``calibrated``."""
+    recipe, section, net = shop.recipe, shop.recipe.calibrate, Calibrated(shop.teacher)
+    assert section is not None  # the recipe's own check
+    objective, learns = _calibration(shop, net), list(net.parameters())
+    with _tracked(shop, engine, "calibrate", {"calibrate": section.steps}) as track:
+        fit(
+            net,
+            lambda name: Phase(name, objective, lambda module, batch: module(batch.noise, batch.n), learns, section),
+            ["calibrate"],
+            Noise((recipe.seed, "calibrate")),
+            engine=engine,
+            states=States(shop.folder / "state" / "calibrate"),
+            log=Log(shop.folder / "calibrated" / "log.jsonl", told, track),
+            save_seconds=recipe.compute.save_seconds,
+            log_steps=recipe.compute.log_steps,
+            patience=recipe.compute.divergence_patience,
+            keep_going=keep_going,
+        )
+    if engine.is_main_process:
+        write_json(shop.folder / "calibrated" / "config.json", {"latents": list(net.latents)})
+        save_tensors(net.state_dict(), shop.folder / "calibrated" / "model.safetensors")
 
 
 def captions_of(split: Split) -> tuple[str, ...]:

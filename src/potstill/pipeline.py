@@ -47,11 +47,13 @@ from .jobs import (
     is_done,
     jobs,
     labels_shown,
+    make_calibrated,
     make_prior,
     make_students,
     make_teacher,
     memory_of_train,
     rehearse,
+    rehearse_calibration,
     save_network,
     states_of,
     student_card,
@@ -73,8 +75,8 @@ from .synthesize.synthesis import Synthesis
 from .trace import run as traced
 from .worker import INTERRUPTED, stoppable, verdict
 
-STAGES = ("train", "synthesize", "distill", "evaluate", "report")
-_SECTION = {"train": "train", "synthesize": "surrogate", "distill": "distill", "evaluate": "evaluate", "report": "report"}
+STAGES = ("train", "calibrate", "synthesize", "distill", "evaluate", "report")
+_SECTION = {stage: stage for stage in STAGES} | {"synthesize": "surrogate"}
 METRICS_FORMAT = "potstill-metrics/1"
 _OWN = "memory://"
 
@@ -126,13 +128,18 @@ class Run:
         self.check_folder()
         build.allow(self.allowed)
         _ = self.shop.device
-        if {"train", "distill"} & set(stages):
+        if {"train", "calibrate", "distill"} & set(stages):
             trackers.check(self.recipe.compute.trackers)
         if "train" in stages:
             self._check_train()
-        if set(stages) & {"synthesize", "distill", "evaluate"}:
+        if set(stages) & {"calibrate", "synthesize", "distill", "evaluate"}:
             teacher = self._teacher_to_be(stages)
             classes = classes_of(teacher)
+            if "calibrate" in stages:
+                if "train" not in stages or self._is_done("train"):
+                    rehearse_calibration(self.shop)
+            elif self.recipe.calibrate and {"distill", "evaluate"} & set(stages) and not self._is_done("calibrate"):
+                raise BadInput(f"{stages[0]}: no calibrated teacher yet; run the calibrate stage first")
             if "synthesize" in stages:
                 self._check_synthesize(teacher)
             if {"distill", "evaluate"} & set(stages):
@@ -173,6 +180,8 @@ class Run:
         match stage:
             case "train":
                 return {"train": r.train, "data": r.data, "seed": r.seed}
+            case "calibrate":
+                return {"calibrate": r.calibrate, "seed": r.seed, "teacher": r.teacher}
             case "synthesize":
                 more = {"surrogates": r.surrogates} if r.surrogates else {}
                 return {"surrogate": r.surrogate, "seed": r.seed, "teacher": r.teacher} | more
@@ -189,7 +198,8 @@ class Run:
                 return distill | sizes | ({"data": r.data} if self._data_needed else {})
             case "evaluate":
                 images = r.report.images if r.report else config.Report().images
-                return {"evaluate": r.evaluate, "images": images, "data": r.data, "seed": r.seed, "teacher": r.teacher}
+                own = {"calibrate": r.calibrate} if r.calibrate else {}
+                return {"evaluate": r.evaluate, "images": images, "data": r.data, "seed": r.seed, "teacher": r.teacher} | own
             case _:
                 return {"report": r.report}
 
@@ -349,6 +359,18 @@ class Run:
             write_json(self.folder / "train" / "held_out.json", figures)
             self.board.say("  held out: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
 
+    def calibrate(self) -> None:
+        """The teacher's latents, so that its samples feed its layers what its training data fed them."""
+        depends = self._reads("calibrate") | {"weights": self.shop.teacher_digest}
+        with self._stage("calibrate", depends, [self.folder / "calibrated" / "model.safetensors"]) as work:
+            if not work:
+                return
+            rehearse_calibration(self.shop)
+            self._say_spoiled(self.folder / "state" / "calibrate")
+            with threads(self.recipe.compute.threads), self._stoppable() as keep_going:
+                engine = accelerator(str(self.shop.device))
+                make_calibrated(self.shop, engine, keep_going=keep_going, told=partial(self.board.training, "calibrate"))
+
     def synthesize(self) -> None:
         """The surrogate data sets."""
         self._section("synthesize")
@@ -447,6 +469,8 @@ class Run:
         }
         if (width := self.shop.width(self.shop.teacher)) is not None:
             depends["width"] = width
+        if any(arm.calibrated for arm in recipe.arms):
+            depends["calibrated"] = digest_of(self.shop.calibrated.net)
         identity = fingerprint(_plain(depends))
 
         def spoiled() -> str | None:
@@ -495,6 +519,8 @@ class Run:
             "pixels": self.shop.pixels,
             "features": self.features.digest,
         }
+        if recipe.calibrate:
+            depends["calibrated"] = digest_of(self.shop.calibrated.net)
         if made := self._synthesized:
             depends["surrogates"] = {folder: surrogate.digest(self.folder / folder) for folder in made}
         with self._stage("evaluate", depends, [self.folder / "metrics.json"]) as work:
@@ -584,7 +610,8 @@ class Run:
 
     def tidy(self) -> None:
         """Remove the saved states of what is done, and what killed processes left half written."""
-        for stage, states in (("train", self.folder / "state" / "train"), ("distill", states_of(self.folder))):
+        own = {stage: self.folder / "state" / stage for stage in ("train", "calibrate")}
+        for stage, states in (own | {"distill": states_of(self.folder)}).items():
             if self._is_done(stage):
                 shutil.rmtree(states, ignore_errors=True)
         sweep(self.folder)
@@ -682,13 +709,14 @@ class Run:
                 raise BadInput(f"evaluate: {who}: {build.reason(error)}") from None
 
         arms = {job.title: job.arm for job in jobs(recipe)}
-        rows: dict[str, list[dict[str, float]]] = {name: [] for name in ("teacher", *arms)}
+        teachers = {"teacher": shop.teacher} | ({"teacher_calibrated": shop.calibrated} if recipe.calibrate else {})
+        rows: dict[str, list[dict[str, float]]] = {name: [] for name in (*teachers, *arms)}
         floor: list[dict[str, float]] = []
         sketch = Sketch(test, shop.teacher.images.pixels)
         pictures: dict[str, Any] = dict.fromkeys(("real", "input"), sketch(test, shown))
         counts: dict[str, dict[str, float]] = {}
         drawn: torch.Tensor | None = None
-        total, done = len(recipe.seeds) * (1 + len(arms)), 0
+        total, done = len(recipe.seeds) * len(rows), 0
         for seed in recipe.seeds:
             noise = Noise((recipe.seed, seed, "evaluate"))
             order = noise.permutation("floor", len(data.train.images)).numpy()[:n]
@@ -698,7 +726,7 @@ class Run:
             students = {job.title: job for job in jobs(recipe) if job.seed == seed}
             for name in rows:
                 job = students.get(name)
-                model = shop.teacher if job is None else self._load_student(job)
+                model = teachers[name] if job is None else self._load_student(job)
                 figures: dict[str, float] = {}
                 if generates and model.generate is not None:
                     generated = samples(model, n, noise, section.batch)
@@ -726,7 +754,11 @@ class Run:
                         pictures[f"reconstruction/{name}"] = sketch(outputs, shown)
                 figures |= cost(model, section.latency_threads, section.latency_repeats)
                 rows[name].append(figures)
-                counts[name] = {"params": parameters(model.net), "size_mib": self._size_mib(job, model)}
+                beside = shop.teacher.net if name == "teacher_calibrated" else None
+                counts[name] = {
+                    "params": parameters(model.net) + (parameters(beside) if beside else 0),
+                    "size_mib": self._size_mib(job, model) + (size_mib(beside) if beside else 0.0),
+                }
                 done += 1
                 self.board.update("evaluate", done, total, name)
         made = self._synthesized
@@ -750,6 +782,7 @@ class Run:
             "compared": self._compared(generates),
             "arms": {name: _spread(found) | counts[name] for name, found in rows.items()},
             "arms_info": {"teacher": {"label": "teacher", "updates": None, "data": "real", "note": ""}}
+            | self._about_calibrated()
             | {name: {"label": name} | self._about(arm) for name, arm in arms.items()},
             "surrogates": surrogates,
             "seeds": list(recipe.seeds),
@@ -832,10 +865,19 @@ class Run:
         }[arm.kind]
         extra = [f"{k} {v!r}" for k, v in (("share", arm.share), ("replay", arm.replay), ("chain", arm.chain)) if v is not None]
         counts = updates(self.recipe, arm)
+        if arm.calibrated:
+            note += ", from the calibrated teacher"
         if self.recipe.student and self.recipe.student.start:
             note = f"from the teacher's weights, {note}"
         note = "; ".join([note, " + ".join(f"{v} {k}" for k, v in counts.items()) + " updates", *extra])
         return {"updates": sum(counts.values()), "data": "real" if arm.real else "none", "note": note}
+
+    def _about_calibrated(self) -> dict[str, Any]:
+        section = self.recipe.calibrate
+        if section is None:
+            return {}
+        note = f"its latents recalibrated in {section.steps} updates"
+        return {"teacher_calibrated": {"label": "teacher, calibrated", "updates": None, "data": "none", "note": note}}
 
     def _data_free_note(self, arm: config.Arm) -> str:
         if self.recipe.distill and self.recipe.distill.link:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from .classification import cross_entropy, disagreement
 from .image import diversity, diversity_at, l2, total_variation
 from .likelihood import posterior_kl, posterior_kl_at, reconstruction, typicality
-from .statistics import activation_summary, batchnorm
+from .statistics import activation_summary, batchnorm, relative_batchnorm
 from .view import DeadEnergy, Energy, Look, Score, Term, View, energy, finite, gradient
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "posterior_kl",
     "posterior_kl_at",
     "reconstruction",
+    "relative_batchnorm",
     "total_variation",
     "typicality",
 ]
@@ -38,6 +39,7 @@ __all__ = [
 ENERGIES: Mapping[str, Energy | Callable[..., Energy]] = {
     "cross_entropy": cross_entropy,
     "batchnorm": batchnorm,
+    "relative_batchnorm": relative_batchnorm,
     "activation_summary": activation_summary,
     "disagreement": disagreement,
     "posterior_kl": posterior_kl,

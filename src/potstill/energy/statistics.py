@@ -40,6 +40,35 @@ def batchnorm(view: View) -> Tensor:
     return torch.stack(distances).sum()
 
 
+@energy
+def relative_batchnorm(view: View) -> Tensor:
+    """Squared distance of the batch's moments from the running ones, each channel in units of its running std, ``()``.
+
+    The sum over the teacher's BatchNorm layers of the mean over channels of (difference of means / std)² + (ratio of stds - 1)². Each
+    square is the product of what the two halves of the batch give. Their noise is independent, so its square, by which small batches
+    seem far from any statistics and alike images seem near, drops out of the means; the value can be below 0.
+
+    Raises:
+        ValueError: the teacher has no BatchNorm layer with running statistics, or there are fewer than two images.
+    """
+    half = len(view) // 2
+    if not half:
+        raise ValueError("relative_batchnorm compares two halves of a batch; there is one image")
+    rows = range(len(view)) if view.noise.rows is None else view.noise.rows
+    first = View(view.x[:half], view.teacher, noise=view.noise.at(rows[:half])).moments
+    second = View(view.x[half:], view.teacher, noise=view.noise.at(rows[half:])).moments
+    distances = []
+    for (layer, *one), (_, *other) in zip(first, second, strict=True):
+        if layer.running_mean is None:
+            continue
+        std = (layer.running_var + layer.eps).sqrt()
+        means, stds = zip(*[((m - layer.running_mean) / std, (v + layer.eps).sqrt() / std - 1) for m, v in (one, other)], strict=True)
+        distances.append((means[0] * means[1] + stds[0] * stds[1]).mean())
+    if not distances:
+        raise ValueError("relative_batchnorm wants a teacher with BatchNorm layers; this one has none that keep statistics")
+    return torch.stack(distances).sum()
+
+
 @torch.no_grad()
 def record(model: Model, images: Tensor, noise: Noise = Noise(), batch: int = 256) -> dict[str, Tensor]:
     """The mean and standard deviation of each channel that is fed to each layer, over a set of images.

@@ -147,10 +147,10 @@ def _walls(arms: Sequence[Arm], images: Mapping[str, figures.Pixels]) -> list[di
     teacher = next(((arm, found) for arm, found in drawn if arm.kind == "teacher"), None)
     walls = []
     for arm, found in drawn:
-        if arm.kind == "teacher" and len(drawn) > 1:
+        if arm.key == tables.TEACHER and len(drawn) > 1:
             continue
         blocks: Iterable[list[Picture]]
-        if teacher is None or arm.kind == "teacher":
+        if teacher is None or arm is teacher[0]:
             blocks = [[row] for row in figures.strips(found, f"Samples of {arm.label}")]
         else:
             count = min(len(found), len(teacher[1]))
@@ -159,7 +159,7 @@ def _walls(arms: Sequence[Arm], images: Mapping[str, figures.Pixels]) -> list[di
             # Images of another size fall into rows of another length; rows that do not correspond are not shown as pairs.
             same = above[0].width == below[0].width
             blocks = [list(both) for both in zip(above, below, strict=False)] if same else [above[:1], below[:1]]
-        walls.append({"arm": arm, "blocks": list(blocks), "paired": teacher is not None and arm.kind != "teacher"})
+        walls.append({"arm": arm, "blocks": list(blocks), "paired": teacher is not None and arm is not teacher[0]})
     return walls
 
 
@@ -290,6 +290,7 @@ def _training(run: Path, arms: Sequence[Arm]) -> list[dict[str, Any]]:
     # Folders are looked up among those that exist: an arm's name comes from a file and need not be a usable path.
     found = {folder.name: sorted(folder.glob("seed-*/log.jsonl")) for folder in sorted((run / "students").glob("*"))}
     sources = [("Teacher, its own training", "teacher", [run / "train" / "log.jsonl"])]
+    sources += [("Teacher, its calibration", "teacher", [run / "calibrated" / "log.jsonl"])]
     sources += [(arm.label, str(arm.kind), found.pop(arm.key, [])) for arm in arms]
     sources += [(tables.ARM_LABELS.get(name, name), "", paths) for name, paths in found.items()]
     panels: list[dict[str, Any]] = []

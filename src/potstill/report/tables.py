@@ -19,6 +19,7 @@ DASH = "–"
 """What stands where a value is missing: an en dash, which every terminal's code page has."""
 
 TEACHER, DATA_FREE, WITH_DATA, SCRATCH = "teacher", "student_data_free", "student_with_data", "student_scratch"
+CALIBRATED = "teacher_calibrated"
 
 ARM_LABELS: dict[str, str] = {
     TEACHER: "Teacher",
@@ -132,7 +133,7 @@ def _number(found: object) -> float | None:
 
 
 def _value(found: object) -> Value | None:
-    if isinstance(found, Mapping):
+    if isinstance(found, dict):  # as JSON has it; a check for any mapping takes most of a second on a thousand rows
         mean, sd = _number(found.get("mean")), _number(found.get("sd"))
         return None if mean is None else Value(mean, sd if sd is None or sd >= 0 else None)
     mean = _number(found)
@@ -140,7 +141,7 @@ def _value(found: object) -> Value | None:
 
 
 def _values(found: object) -> dict[str, Value]:
-    if not isinstance(found, Mapping):
+    if not isinstance(found, dict):
         return {}
     pairs = ((str(key), _value(entry)) for key, entry in found.items())
     return {key: value for key, value in pairs if value is not None}
@@ -158,7 +159,7 @@ def arms_of(metrics: Mapping[str, Any]) -> list[Arm]:
         info = _mapping(described.get(key))
         data = info.get("data")
         kind: Literal["teacher", "free", "real", ""] = ""
-        if key == TEACHER:
+        if key in (TEACHER, CALIBRATED):
             kind = "teacher"
         elif data == "none" or (data != "real" and key.startswith(DATA_FREE)):
             kind = "free"
@@ -167,7 +168,7 @@ def arms_of(metrics: Mapping[str, Any]) -> list[Arm]:
         updates = _number(info.get("updates"))
         label = str(info.get("label") or ARM_LABELS.get(key) or key.replace("_", " "))
         arms.append(Arm(key, label, kind, None if updates is None else int(updates), str(info.get("note") or ""), _values(found)))
-    return sorted(arms, key=lambda arm: arm.kind != "teacher")
+    return sorted(arms, key=lambda arm: (arm.key != TEACHER, arm.kind != "teacher"))
 
 
 def surrogates_of(metrics: Mapping[str, Any]) -> list[Arm]:
