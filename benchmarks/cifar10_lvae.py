@@ -154,7 +154,9 @@ def main() -> None:
         chosen = whole | {"teacher": teacher, "student": {"width": width}}
         described = [(arm, config.Arm.model_validate(arm)) for arm in whole["arms"]]
         wanted = MAIN if first is not None else [about.title for _, about in described]
-        chosen["arms"] = [arm for arm, about in described if about.calibrated == calibrated and (calibrated or about.title in wanted)]
+        chosen["arms"] = [
+            arm for arm, about in described if (about.start == "calibrated") == calibrated and (calibrated or about.title in wanted)
+        ]
         if calibrated:
             chosen["surrogates"] = {"own": whole["surrogates"]["own"]}
         else:

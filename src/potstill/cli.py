@@ -24,7 +24,7 @@ from .worker import INTERRUPTED
 
 STAGES = {
     "train": "train a teacher or a feature network on real data (the data owner's side)",
-    "calibrate": "recalibrate the teacher's latents by what its layers remember of its data",
+    "calibrate": "find the noise that the data would have behind it, by what the teacher's layers remember",
     "synthesize": "make the surrogate data set from the teacher",
     "distill": "train the students of every arm and seed",
     "evaluate": "measure the teacher and every student against held-out real images",

@@ -668,8 +668,9 @@ class Generator(Training):
     share: Pattern = Field(default="*", description="pattern of nodes at which the student gets the teacher's noise")
     start: Name = Field(
         default="noise",
-        description="what a data-free arm's batches begin with: noise that never runs out, or the noise that the teacher infers behind "
-        "images: surrogate for those of the arm's own, or the name of one of surrogates",
+        description="what a data-free arm's batches begin with: noise that never runs out; the same calibrated, through the map that the "
+        "section calibrate finds; or the noise that the teacher infers behind images: surrogate for those of the arm's own, or the name of "
+        "one of surrogates",
     )
     adversarial: Adversarial | None = Field(default=None, description="a discriminator of teacher and student beside the rules")
     perceptual: tuple[Rule, ...] = Field(
@@ -685,9 +686,10 @@ class Generator(Training):
 
 
 class Calibrate(Training):
-    """Before any student and without data, a small affine map of the noise behind each of the teacher's latents is found.
+    """Before any student and without data, a small affine map of the noise of each of the teacher's latents is found.
 
-    A teacher's samples may feed its layers something else than its training data did, whose moments BatchNorm layers remember.
+    With it the teacher's samples feed its layers what its training data did, whose moments BatchNorm layers remember. Students of arms
+    that start: calibrated learn on such noise, as students with data learn on the noise that the teacher infers behind them.
     """
 
     steps: Count = 200
@@ -828,7 +830,6 @@ class Arm(Section):
         default=None, description="one of the recipe's surrogates by name, or several put together; by default the section surrogate"
     )
     labels: Labels | None = Field(default=None, description="of its real images, where this arm's differ from the recipe's")
-    calibrated: bool = Field(default=False, description="whether its teacher is the one that the section calibrate makes")
     generate: bool = Field(default=True, description="whether a distilled arm has the phase generate")
     infer: bool = Field(default=True, description="whether a distilled arm's encoder is trained too")
 
@@ -859,19 +860,11 @@ class Arm(Section):
             raise ValueError(f"{own[0]} is of distilled arms; a {self.kind} arm has one phase of its own")
         if self.labels is not None and not self.real:
             raise ValueError("labels are of arms with real images")
-        if self.calibrated and self.kind != "data_free":
-            raise ValueError("calibrated is of data_free arms, whose teacher is given noise")
         if self.kind != "data_free" and (self.start is not None or (self.surrogate is not None and self.kind != "scratch")):
             raise ValueError("start and surrogate are of data_free arms; the others have real images")
         if self.title in ("teacher", "teacher_calibrated"):
             raise ValueError(f"an arm cannot be named {self.title}, which is a row of its own")
         return self
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what is off: what is hashed of a recipe stays what it was before there were calibrated teachers."""
-        whole: dict[str, Any] = dump(self)
-        return {k: v for k, v in whole.items() if k != "calibrated" or v}
 
 
 class Evaluate(Section):
@@ -963,11 +956,16 @@ class Recipe(Section):
             return own if distill.infer is not None and arm.infer and distill.infer.start == "surrogate" and arm.kind == "data_free" else ()
         if phase == "scratch":
             return own if arm.kind == "scratch" else ()
+        start = self.start_of(arm, phase)
+        return {None: (), "noise": (), "calibrated": (), "surrogate": own}.get(start, (f"surrogates/{start}",))
+
+    def start_of(self, arm: Arm, phase: str) -> str | None:
+        """What the batches of a phase of an arm's generator begin with; ``None`` where it has no such phase, or real images."""
+        distill = self.distill or Distill()
         section = next((found for name, found in distill.generators(arm) if name == phase), None)
-        if section is None:
-            return ()
-        start = arm.start if arm.start and distill.generators(arm)[0][0] == phase else section.start
-        return {"noise": (), "surrogate": own}.get(start, (f"surrogates/{start}",))
+        if section is None or arm.real:
+            return None
+        return arm.start if arm.start and distill.generators(arm)[0][0] == phase else section.start
 
     def every_image_of(self, arm: Arm) -> tuple[str, ...]:
         """Folders of all surrogates that an arm trains on."""
@@ -1001,11 +999,13 @@ class Recipe(Section):
             problems.append("distill: needs a teacher")
         if self.calibrate and not self.teacher:
             problems.append("calibrate: needs a teacher")
-        for arm in (arm for arm in self.arms if arm.calibrated):
-            if not self.calibrate:
-                problems.append(f"arm {arm.title}: calibrated needs a section calibrate")
-            if self.images_of(arm, "generate"):
-                problems.append(f"arm {arm.title}: calibrated goes with start: noise; no noise is known behind images of that teacher")
+        for arm in self.arms if self.distill else ():
+            if self.start_of(arm, "generate") == "calibrated" and not self.calibrate:
+                problems.append(f"arm {arm.title}: start: calibrated needs a section calibrate")
+            if self.start_of(arm, "link") == "calibrated":
+                problems.append(f"arm {arm.title}: start: calibrated is of the phase generate; a chain's links begin with plain noise")
+        if taken := sorted({"noise", "surrogate", "calibrated"} & set(self.surrogates)):
+            problems.append(f"surrogates.{taken[0]}: a name that start has another meaning for; choose another")
         if self.student and self.students:
             problems.append("students: widths in place of student; give one of the two")
         if self.distill and not (self.student or self.students):

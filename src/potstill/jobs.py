@@ -23,7 +23,7 @@ from . import build, config
 from .data import Dataset, Kept, Split, floats
 from .distill.adversary import AdversarialTraining, Adversary
 from .distill.augment import augmented
-from .distill.calibration import Calibrated, Calibration
+from .distill.calibration import Calibration, NoiseMap
 from .distill.distiller import UNSHARED, Classification, Continual, Distiller, Encoding, Shared, likelihood, reached, train_only
 from .distill.loop import Batch, Log, Phase, abreast, fit, fitting
 from .distill.pool import OnlineLinks
@@ -101,15 +101,11 @@ class Workshop:
         return model
 
     @cached_property
-    def calibrated(self) -> Model:
-        """The teacher as the stage calibrate has left it, frozen."""
-        net = Calibrated(self.teacher)
+    def calibrated(self) -> NoiseMap:
+        """The map of noise that the stage calibrate has found."""
+        net = NoiseMap(self.teacher)
         build.load_weights(net, self.folder / "calibrated" / "model.safetensors")
-        return net.model().frozen()
-
-    def teacher_of(self, arm: config.Arm) -> Model:
-        """What the students of an arm learn from."""
-        return self.calibrated if arm.calibrated else self.teacher
+        return net.eval().requires_grad_(False)
 
     @cached_property
     def classes(self) -> int | None:
@@ -381,6 +377,7 @@ def _objective(
     adversary: Adversary | None,
     energy: Energy = Energy(),
     shared: Shared = UNSHARED,
+    calibrated: NoiseMap | None = None,
 ) -> Distiller | Encoding:
     """What the phase of that name trains."""
     for position, (program, section) in enumerate(distill.generators(arm)):
@@ -401,6 +398,7 @@ def _objective(
                 adversary=adversary,
                 perceptual=build.rules(given),
                 energy=energy,
+                calibrated=calibrated,
                 shared=shared,
             )
     infer = distill.infer or config.Encoder()
@@ -624,7 +622,7 @@ def _distilled(
     keep_going: Callable[[], bool],
     every: Shared,
 ) -> Callable[[str], Phase]:
-    arm, teacher = job.arm, shop.teacher_of(job.arm)
+    arm, teacher = job.arm, shop.teacher
     sections: dict[str, config.Training | None] = {"link": distill.link, "generate": distill.generate, "infer": distill.infer}
     counts = updates(shop.recipe, arm)
 
@@ -648,7 +646,8 @@ def _distilled(
             return losses
 
         energy = every("energy", arm.title, lambda: shop.energy_of(arm))
-        objective = _objective(distill, arm, plain, teacher, student, adversary, energy, shared)
+        calibrated = shop.calibrated if shop.recipe.start_of(arm, plain) == "calibrated" else None
+        objective = _objective(distill, arm, plain, teacher, student, adversary, energy, shared, calibrated)
         learns += _own(adversary) if plain == "generate" else []
         return Phase(name, objective, loss, learns, section, 0 if pool is None else len(pool))
 
@@ -877,7 +876,7 @@ def make_teacher(
     return model
 
 
-def _calibration(shop: Workshop, net: Calibrated) -> Calibration:
+def _calibration(shop: Workshop, net: NoiseMap) -> Calibration:
     section, of = shop.recipe.calibrate, shop.recipe.teacher
     assert section is not None  # the recipe's own check
     assert of is not None
@@ -891,7 +890,7 @@ def rehearse_calibration(shop: Workshop) -> None:
         BadInput: the teacher has no latents to calibrate, or nothing that the energy wants.
     """
     try:
-        losses = _calibration(shop, Calibrated(shop.teacher))(Noise((0, "rehearsal")), 4)
+        losses = _calibration(shop, NoiseMap(shop.teacher))(Noise((0, "rehearsal")), 4)
         learns = any(loss.requires_grad for loss in losses.values())
     except Exception as error:
         raise BadInput(f"calibrate: {build.reason(error)}") from None
@@ -906,8 +905,8 @@ def make_calibrated(
     keep_going: Callable[[], bool] = lambda: True,
     told: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
-    """Calibrate the teacher by the recipe's ``calibrate`` section, and write what was found to ``calibrated``."""
-    recipe, section, net = shop.recipe, shop.recipe.calibrate, Calibrated(shop.teacher)
+    """Find a map of the teacher's noise by the recipe's ``calibrate`` section, and write it to ``calibrated``."""
+    recipe, section, net = shop.recipe, shop.recipe.calibrate, NoiseMap(shop.teacher)
     assert section is not None  # the recipe's own check
     objective, learns = _calibration(shop, net), list(net.parameters())
     with _tracked(shop, engine, "calibrate", {"calibrate": section.steps}) as track:

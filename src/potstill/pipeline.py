@@ -25,6 +25,7 @@ import torch
 from . import __version__, build, config, inventory
 from .data import Dataset, Kept, Split, floats
 from .distill import trackers
+from .distill.calibration import NoiseMap
 from .distill.loop import accelerator, threads
 from .energy.statistics import FILE as ACTIVATIONS
 from .energy.view import Look
@@ -360,7 +361,7 @@ class Run:
             self.board.say("  held out: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
 
     def calibrate(self) -> None:
-        """The teacher's latents, so that its samples feed its layers what its training data fed them."""
+        """A map of the teacher's noise, with which its samples feed its layers what its training data fed them."""
         depends = self._reads("calibrate") | {"weights": self.shop.teacher_digest}
         with self._stage("calibrate", depends, [self.folder / "calibrated" / "model.safetensors"]) as work:
             if not work:
@@ -469,8 +470,8 @@ class Run:
         }
         if (width := self.shop.width(self.shop.teacher)) is not None:
             depends["width"] = width
-        if any(arm.calibrated for arm in recipe.arms):
-            depends["calibrated"] = digest_of(self.shop.calibrated.net)
+        if any(recipe.start_of(arm, "generate") == "calibrated" for arm in recipe.arms):
+            depends["calibrated"] = digest_of(self.shop.calibrated)
         identity = fingerprint(_plain(depends))
 
         def spoiled() -> str | None:
@@ -520,7 +521,7 @@ class Run:
             "features": self.features.digest,
         }
         if recipe.calibrate:
-            depends["calibrated"] = digest_of(self.shop.calibrated.net)
+            depends["calibrated"] = digest_of(self.shop.calibrated)
         if made := self._synthesized:
             depends["surrogates"] = {folder: surrogate.digest(self.folder / folder) for folder in made}
         with self._stage("evaluate", depends, [self.folder / "metrics.json"]) as work:
@@ -709,7 +710,7 @@ class Run:
                 raise BadInput(f"evaluate: {who}: {build.reason(error)}") from None
 
         arms = {job.title: job.arm for job in jobs(recipe)}
-        teachers = {"teacher": shop.teacher} | ({"teacher_calibrated": shop.calibrated} if recipe.calibrate else {})
+        teachers: dict[str, NoiseMap | None] = {"teacher": None} | ({"teacher_calibrated": shop.calibrated} if recipe.calibrate else {})
         rows: dict[str, list[dict[str, float]]] = {name: [] for name in (*teachers, *arms)}
         floor: list[dict[str, float]] = []
         sketch = Sketch(test, shop.teacher.images.pixels)
@@ -726,10 +727,10 @@ class Run:
             students = {job.title: job for job in jobs(recipe) if job.seed == seed}
             for name in rows:
                 job = students.get(name)
-                model = teachers[name] if job is None else self._load_student(job)
+                model = shop.teacher if job is None else self._load_student(job)
                 figures: dict[str, float] = {}
                 if generates and model.generate is not None:
-                    generated = samples(model, n, noise, section.batch)
+                    generated = samples(model, n, noise, section.batch, teachers.get(name))
                     figures |= measured(generated, name if job is None else job.name)
                     if groups and real is not None:
                         figures |= {f"share/{k}": v for k, v in shares(features(generated), real, groups).items()}
@@ -754,11 +755,7 @@ class Run:
                         pictures[f"reconstruction/{name}"] = sketch(outputs, shown)
                 figures |= cost(model, section.latency_threads, section.latency_repeats)
                 rows[name].append(figures)
-                beside = shop.teacher.net if name == "teacher_calibrated" else None
-                counts[name] = {
-                    "params": parameters(model.net) + (parameters(beside) if beside else 0),
-                    "size_mib": self._size_mib(job, model) + (size_mib(beside) if beside else 0.0),
-                }
+                counts[name] = {"params": parameters(model.net), "size_mib": self._size_mib(job, model)}
                 done += 1
                 self.board.update("evaluate", done, total, name)
         made = self._synthesized
@@ -865,8 +862,8 @@ class Run:
         }[arm.kind]
         extra = [f"{k} {v!r}" for k, v in (("share", arm.share), ("replay", arm.replay), ("chain", arm.chain)) if v is not None]
         counts = updates(self.recipe, arm)
-        if arm.calibrated:
-            note += ", from the calibrated teacher"
+        if self.recipe.start_of(arm, "generate") == "calibrated":
+            note = note.replace("the teacher's noise", "the teacher's noise, calibrated")
         if self.recipe.student and self.recipe.student.start:
             note = f"from the teacher's weights, {note}"
         note = "; ".join([note, " + ".join(f"{v} {k}" for k, v in counts.items()) + " updates", *extra])
@@ -876,7 +873,7 @@ class Run:
         section = self.recipe.calibrate
         if section is None:
             return {}
-        note = f"its latents recalibrated in {section.steps} updates"
+        note = f"on noise that was mapped, as found in {section.steps} updates"
         return {"teacher_calibrated": {"label": "teacher, calibrated", "updates": None, "data": "none", "note": note}}
 
     def _data_free_note(self, arm: config.Arm) -> str:

@@ -18,6 +18,7 @@ from ..model import Model, evaluating
 from ..noise import DrawnOnce, Noise, NoiseSource
 from ..trace import Point, Sampler, Trace, noise_of, run
 from .adversary import Adversary
+from .calibration import NoiseMap
 
 T = TypeVar("T")
 
@@ -95,6 +96,7 @@ class Distiller(nn.Module):
             student's, on the same noise: a distance between images as the teacher sees them, and not pixel by pixel.
         energy: with program "generate", what the teacher says of the student's images by themselves, such as how far the statistics
             of its BatchNorm layers are from those of its training data, which its own samples may miss as well.
+        calibrated: with program "generate" and without images, a map of the noise that both are given.
         shared: with Distillers of other students, alike in all else, which go through the same batches.
 
     Raises:
@@ -114,6 +116,7 @@ class Distiller(nn.Module):
         adversary: Adversary | None = None,
         perceptual: Sequence[Match] = (),
         energy: Energy = Energy(),
+        calibrated: NoiseMap | None = None,
         shared: Shared = UNSHARED,
     ):
         super().__init__()
@@ -126,7 +129,7 @@ class Distiller(nn.Module):
         if adversary is not None and program != "generate":
             raise ValueError(f"an adversary goes with program 'generate', not {program!r}: it compares images")
         self.net, self.adversary = student.net, adversary
-        self._teacher = (teacher,)
+        self._teacher, self._calibrated = (teacher,), (calibrated,)
         self._student, self.rules, self.program, self.replay, self.share, self.elbo = student, tuple(rules), program, replay, share, elbo
         self.perceptual, self.energy, self._shared = tuple(perceptual), energy, shared
 
@@ -165,8 +168,8 @@ class Distiller(nn.Module):
 
     def _of_teacher(self, noise: Noise, images: Tensor | None, n: int | None) -> tuple[Trace | None, NoiseSource, dict[str, Tensor]]:
         """All that no student has a part in: the teacher's trace where it is read, the student's noise, and the values it replays."""
-        (teacher,) = self._teacher
-        drawn = DrawnOnce(noise)
+        (teacher,), (calibrated,) = self._teacher, self._calibrated
+        drawn = DrawnOnce(noise if calibrated is None else calibrated(noise))
         shared: NoiseSource = drawn
         target: Trace | None = None
         replayed: dict[str, Tensor] = {}
