@@ -56,7 +56,7 @@ SMALL: dict[str, Any] = {
     "distill.generate.steps": 500,
     "distill.infer.steps": 300,
     "distill.scratch.steps": 800,
-    "calibrate.steps": 200,
+    "calibrate.steps": 240,
     "calibrate.batch": 192,
     "arms.3.steps": 1500,
     "arms.5.steps": 1500,

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+import potstill.noise as noise_module
 from potstill.noise import DrawnOnce, FixedNoise, Noise, philox
 
 KINDS = ("normal", "uniform")
@@ -92,6 +93,50 @@ def test_folding_and_addressing_leave_the_rest():
     assert noise.fold("b", 3) == Noise((7, "a", "b", 3), rows=(1, 2))
     assert noise.at([4, 5, 6]) == Noise((7, "a"), rows=(4, 5, 6))
     assert noise.at(range(3)).rows == range(3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("source", [Noise((4,)), Noise((4,)).at(range(3, 303, 3)), Noise((4,)).at([*range(50), *range(2**40, 2**40 + 50)])])
+def test_many_rows_in_parts_are_those_at_once(kind, source, monkeypatch):
+    whole = getattr(source, kind)("z", (100, 3, 2))
+    for part in (1, 7, 64, 10**9):
+        monkeypatch.setattr(noise_module, "_IN_CACHE", part)
+        assert torch.equal(getattr(source, kind)("z", (100, 3, 2)), whole)
+    assert getattr(source, kind)("z", (100,)).shape == (100,)
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_chi_square(seed):
+    """Counts in equal cells: of single numbers, of pairs within a row, and of the same place in rows that follow each other."""
+    x = Noise((seed,)).uniform("z", (4000, 64)).double()
+    cells = (x * 32).long()
+    assert stats.chisquare(torch.bincount(cells.flatten(), minlength=32).numpy()).pvalue > 1e-3
+    for first, second in ((cells[:, :-1], cells[:, 1:]), (cells[:-1], cells[1:])):
+        pairs = torch.bincount((first * 32 + second).flatten(), minlength=1024)
+        assert stats.chisquare(pairs.numpy()).pvalue > 1e-3
+    whole = stats.norm.cdf(Noise((seed,)).normal("z", (4000, 64)).double().numpy())
+    assert stats.chisquare(torch.bincount(torch.from_numpy(whole * 256).long().flatten(), minlength=256).numpy()).pvalue > 1e-3
+
+
+def test_cross_correlation():
+    """Of streams that differ in seed, name, fold or rows, at every shift: none stands out of what independent ones have."""
+    one = Noise((1,))
+    streams = [
+        one.normal("z", (1, 4096)),
+        Noise((2,)).normal("z", (1, 4096)),
+        one.normal("z1", (1, 4096)),
+        one.fold(0).normal("z", (1, 4096)),
+        one.at([1]).normal("z", (1, 4096)),
+        one.at([2**32]).normal("z", (1, 4096)),
+    ]
+    spectra = torch.stack([torch.fft.rfft(x[0].double()) for x in streams])
+    for i in range(len(streams)):
+        for j in range(i + 1):
+            found = torch.fft.irfft(spectra[i] * spectra[j].conj(), n=4096) / 4096
+            if i == j:
+                assert abs(float(found[0]) - 1) < 5 * math.sqrt(2 / 4096)
+                found = found[1:]
+            assert float(found.abs().max()) < 5.5 / math.sqrt(4096)  # the largest of 4,096 standard normals passes 5.5 once in 6,000
 
 
 @pytest.mark.parametrize("seed", [0, 1, 20240607])

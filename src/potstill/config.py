@@ -692,10 +692,11 @@ class Calibrate(Training):
     that start: calibrated learn on such noise, as students with data learn on the noise that the teacher infers behind them.
     """
 
-    steps: Count = 200
+    steps: Count = 240
     batch: Annotated[int, Field(ge=2, lt=2**31), _NUMERIC] = 192
     lr: Positive = 3e-3
     warmup: NotNegative = 10
+    beta2: Fraction = 0.999
     energy: Spoken = Field(
         default=(Term(kind="relative_batchnorm"),), min_length=1, description="what the teacher says of its samples, which is lowered"
     )
