@@ -37,7 +37,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 WIDTHS = {"large": (32, 16, 8), "small": (8, 16)}
 PUBLISHED = (128, 32, 16, 8)
 # Of every student but the first, whose table has all arms.
-MAIN = ("student_data_free", "student_with_data", "student_scratch")
+MAIN = ("student_data_free", "student_with_data")
 SMALL: dict[str, Any] = {
     "train.model.width": 32,
     "train.steps": 2500,

@@ -195,6 +195,14 @@ def accelerator(device: str = "auto") -> Accelerator:
     return Accelerator(cpu=device == "cpu" or (device == "auto" and not torch.cuda.is_available()), kwargs_handlers=[ddp])
 
 
+def backward(engine: Accelerator, loss: torch.Tensor) -> None:
+    """As ``engine.backward``, which looks at every call for packages that may be installed: a third of a millisecond each time."""
+    if engine.scaler is None:
+        loss.backward()
+    else:
+        engine.backward(loss)
+
+
 def rows_of(batch: int, process: int, processes: int) -> range:
     """This process's rows of a batch: together the processes hold each row once."""
     return range(batch * process // processes, batch * (process + 1) // processes)
@@ -413,7 +421,7 @@ def _fit_phase(
         with engine.autocast():
             losses = phase.loss(objective, Batch(source.fold(step).at(rows), index, len(rows), step))
             loss = total(losses).mean()
-        engine.backward(loss if processes == 1 else loss * share)
+        backward(engine, loss if processes == 1 else loss * share)
         if training.clip is not None:
             engine.clip_grad_norm_(phase.parameters, training.clip)
         optimizer.step()
