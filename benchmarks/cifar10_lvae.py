@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from common import write
+from common import gain_in_sds, write
 from potstill import config, pipeline
 from potstill.evaluate.cost import latency, parameters
 from potstill.families.lvae import LVAE
@@ -37,7 +37,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 WIDTHS = {"large": (32, 16, 8), "small": (8, 16)}
 PUBLISHED = (128, 32, 16, 8)
 # Of every student but the first, whose table has all arms.
-MAIN = ("student_data_free", "student_with_data")
+MAIN = ("student_data_free", "student_with_data", "calibrated")
 SMALL: dict[str, Any] = {
     "train.model.width": 32,
     "train.steps": 2500,
@@ -138,31 +138,29 @@ def main() -> None:
     }
     if (accuracy := features.parent / "train" / "held_out.json").exists():
         figures["feature_classifier_accuracy"] = read_json(accuracy)["accuracy"]
-    first: Path | None = None
-    with_data: dict[int, float] = {}
+    with_data: dict[int, dict[str, Any]] = {}
     del whole["train"]
     widths = tuple(arguments.widths or WIDTHS[arguments.size])
     for width, calibrated in product(widths, (False, True)):
         folder = runs / f"width-{width}{'-calibrated' if calibrated else ''}"
-        # The surrogates are of the teacher, and the same for every student.
-        if first is not None and not calibrated and not folder.exists():
-            for made in ("surrogates", "synthesize"):
+        first = folder.with_name(folder.name.replace(str(width), str(widths[0])))
+        # What is of the teacher alone is the same for every student.
+        if width != widths[0] and not folder.exists():
+            for made in ("surrogates", "synthesize", *(("calibrate", "calibrated") if calibrated else ())):
                 shutil.copytree(first / made, folder / made)
             (folder / "state").mkdir()
             (folder / "state" / "run.lock").touch()
         teacher = {"kind": "pretrained", "path": str(runs / "teacher" / "teacher")}
         chosen = whole | {"teacher": teacher, "student": {"width": width}}
         described = [(arm, config.Arm.model_validate(arm)) for arm in whole["arms"]]
-        wanted = MAIN if first is not None else [about.title for _, about in described]
         chosen["arms"] = [
-            arm for arm, about in described if (about.start == "calibrated") == calibrated and (calibrated or about.title in wanted)
+            arm for arm, about in described if (about.start == "calibrated") == calibrated and (width == widths[0] or about.title in MAIN)
         ]
         if calibrated:
             chosen["surrogates"] = {"own": whole["surrogates"]["own"]}
         else:
             del chosen["calibrate"]
         pipeline.execute(config.check(chosen), folder)
-        first = first or folder
         metrics: dict[str, Any] = read_json(folder / "metrics.json")
         print(f"width {width}\n{text_table(metrics)}", file=sys.stderr)
         arms = metrics["arms"]
@@ -178,18 +176,20 @@ def main() -> None:
                 name = arm.removeprefix("student_").removeprefix("data_free").replace("-", "_")
                 figures[f"loss_vs_teacher_w{width}{'_' if name else ''}{name}"] = found["frechet_sqrt"] / root - 1
         if calibrated:
-            for arm in ("calibrated", "calibrated-longer"):
-                over = mean[arm]["frechet_sqrt"] / with_data[width]
-                figures[f"{arm.replace('-', '_')}_over_with_data_w{width}"] = over
+            for arm in (name for name in arms if not name.startswith("teacher")):
+                name, theirs = f"{arm.replace('-', '_')}_over_with_data_w{width}", with_data[width]
+                figures[name] = mean[arm]["frechet_sqrt"] / theirs["frechet_sqrt"]["mean"]
+                for metric in ("frechet_sqrt", "emd", "mmd", "one_nn"):
+                    figures[f"{name}_{metric}_in_sds"] = gain_in_sds(arms[arm][metric], theirs[metric])
             continue
-        with_data[width] = mean["student_with_data"]["frechet_sqrt"]
+        with_data[width] = arms["student_with_data"]
         ours = mean["student_data_free"]
         figures |= {
             f"reconstruction_over_teacher_w{width}": ours["reconstruction_mse"] / mean["teacher"]["reconstruction_mse"],
             f"faster_at_batch_1_w{width}": mean["teacher"]["latency_ms_b1"] / ours["latency_ms_b1"],
             f"faster_at_batch_64_w{width}": mean["teacher"]["latency_ms_b64"] / ours["latency_ms_b64"],
         }
-        over = ours["frechet_sqrt"] / with_data[width]
+        over = ours["frechet_sqrt"] / mean["student_with_data"]["frechet_sqrt"]
         figures.setdefault("data_free_over_with_data", over)  # of the first width
         figures[f"data_free_over_with_data_w{width}"] = over
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

@@ -1,6 +1,8 @@
 """The README's picture: the teacher and its students on the same noise, row above row.
 
-python benchmarks/picture.py [runs/digits-demo] [--out docs/same-noise.png]
+python benchmarks/picture.py [runs/digits-demo ...] [--out docs/same-noise.png]
+
+Of several runs, all of one teacher and the same seeds, each row is of the first that has it.
 """
 
 from __future__ import annotations
@@ -18,8 +20,11 @@ from matplotlib import pyplot
 
 LABELS = {
     "teacher": "teacher",
+    "teacher_calibrated": "teacher, calibrated noise",
+    "calibrated": "student, data-free, calibrated",
+    "calibrated-longer": "calibrated, three times the updates",
     "student_data_free": "student, data-free",
-    "longer": "the same, three times the updates",
+    "longer": "student, data-free, three times the updates",
     "student_with_data": "student, with data",
     "student_scratch": "student, from scratch",
 }
@@ -27,12 +32,15 @@ LABELS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, nargs="?", default=Path("runs/digits-demo"))
+    parser.add_argument("runs", type=Path, nargs="*", default=[Path("runs/digits-demo")])
     parser.add_argument("--out", type=Path, default=Path("docs/same-noise.png"))
     arguments = parser.parse_args()
-    arms = read_json(arguments.run / "metrics.json")["arms"]
-    with np.load(arguments.run / "evaluate" / "pictures.npz", allow_pickle=False) as pictures:
-        rows = {LABELS[name]: (pictures[f"samples/{name}"], arms[name]["params"]) for name in LABELS if name in arms}
+    found = {}
+    for run in reversed(arguments.runs):
+        arms = read_json(run / "metrics.json")["arms"]
+        with np.load(run / "evaluate" / "pictures.npz", allow_pickle=False) as pictures:
+            found |= {name: (pictures[f"samples/{name}"], arms[name]["params"]) for name in LABELS if name in arms}
+    rows = {LABELS[name]: found[name] for name in LABELS if name in found}
     columns = len(next(iter(rows.values()))[0])
     figure, axes = pyplot.subplots(len(rows), 1, figsize=(9, 0.56 * len(rows)), dpi=120, layout="constrained")
     for axis, (label, (images, parameters)) in zip(axes, rows.items(), strict=True):
