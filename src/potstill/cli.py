@@ -70,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", type=Path, metavar="FOLDER", help="a new folder; by default export/TO in the run's")
     export.add_argument("--int8", action="store_true", help="of onnx, also one in 8 bits, calibrated without data; says what it costs")
     export.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE", help="allow code of this module")
+    compare = commands.add_parser("compare", help="the figures of several runs in one table")
+    compare.add_argument("runs", metavar="RUN_DIR", nargs="+", type=Path, help="folder of a run, measured on the same held-out images")
     commands.add_parser("schema", help="print the recipe's JSON schema")
     commands.add_parser("zoo", help="list the models that come with potstill")
     doctor = commands.add_parser("doctor", help="what works here; what is damaged in a run's folder; what is wrong with a model")
@@ -182,6 +184,13 @@ def _export(arguments: argparse.Namespace) -> None:
     print("\n".join(summary(export(arguments.run, arguments.to, arguments.out, arguments.int8, arguments.modules))))
 
 
+def _compare(runs: Sequence[Path]) -> None:
+    from .report.compare import together as whole
+    from .report.tables import text_table
+
+    print(text_table(whole(runs)))
+
+
 def _schema() -> None:
     from .config import Recipe
 
@@ -265,6 +274,8 @@ def _ended(words: Sequence[str], ranks: Ranks) -> tuple[int, str | None]:
                     _doctor(arguments.run, arguments.teacher, arguments.modules)
                 case "export":
                     _export(arguments)
+                case "compare":
+                    _compare(arguments.runs)
                 case _:
                     _run(arguments, ranks)
             sys.stdout.flush()
