@@ -50,6 +50,7 @@ ORDER = [
     "worker",
     "pipeline",
     "export",
+    "compare",
     "cli",
     "__main__",
 ]

@@ -185,7 +185,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _compare(runs: Sequence[Path]) -> None:
-    from .report.compare import together as whole
+    from .compare import together as whole
     from .report.tables import text_table
 
     print(text_table(whole(runs)))

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadInput
-from ..state import read_json
-from .tables import arms_of
+from .errors import BadInput
+from .report.tables import arms_of
+from .state import read_json
 
 
 def together(folders: Sequence[Path]) -> dict[str, Any]:
