@@ -18,7 +18,7 @@ import torch
 from torch import distributed, nn
 from torch.distributions import Categorical
 
-from potstill import build, cli, worker
+from potstill import build, cli, config, worker
 from potstill.distill.loop import Agreed
 from potstill.distill.rows import synchronized
 from potstill.errors import BadInput, Failed
@@ -26,6 +26,7 @@ from potstill.families.classifier import Classifier
 from potstill.families.diffusion import UNet
 from potstill.families.gan import GAN
 from potstill.families.lvae import LVAE
+from potstill.jobs import Workshop
 from potstill.noise import Noise
 from potstill.ranks import ALONE, Ranks, launched
 from potstill.synthesize import surrogate
@@ -351,6 +352,57 @@ def test_two_processes_make_what_one_makes(place, nodes):
 
 
 LONG = {"steps": 100000, "batch": 7}
+
+
+@pytest.mark.slow
+def test_a_teacher_in_two_parts_teaches_the_same(place):
+    """With everything that a student hears of its teacher: its latents, its images, its encoder's view, its layers' statistics."""
+    generate = {"perceptual": [{"nodes": "z*", "by": "wasserstein2"}], "energy": [{"kind": "batchnorm", "weight": 0.1}]}
+    arms = [{"kind": "data_free", **generate}, "with_data", {"kind": "data_free", "name": "calibrated", "start": "calibrated"}]
+    recipe = place.write(**SECTIONS | {"arms": arms, "calibrate": STEPS})
+    process = torchrun("-m", "potstill", "run", recipe, "--out", place.out)
+    assert ended(process) is not None
+    whole, parts = place.out, place.folder / "parts"
+    process = torchrun("-m", "potstill", "run", recipe, "compute.shard_teacher=true", "--out", parts)
+    output = ended(process)
+    assert process.returncode == 0, output
+    close(parts, whole)
+    assert cli.main(["doctor", str(parts)]) == 0
+
+
+SHARDED = """
+import torch
+from torch import distributed
+from potstill.distill.sharding import shard
+from potstill.families.lvae import LVAE
+from potstill.noise import Noise
+
+distributed.init_process_group("gloo")
+torch.manual_seed(0)
+nets = [LVAE((1, 8, 8), 8, 2, 2, 0.1) for _ in range(2)]
+nets[1].load_state_dict(nets[0].state_dict())
+models = [net.model().frozen() for net in nets]
+shard(nets[0], torch.device("cpu"), 2)
+rank = distributed.get_rank()
+images = [model.sample(4, Noise((1,)).at(range(4 * rank, 4 * rank + 4))) for model in models]
+held, whole = sum(p.to_local().numel() for p in nets[0].parameters()), sum(p.numel() for p in nets[1].parameters())
+print("rank", rank, torch.equal(*images), 2 * held <= 1.01 * whole, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_each_of_two_holds_half_of_the_weights(tmp_path):
+    (tmp_path / "script.py").write_text(SHARDED)
+    output = ended(torchrun(tmp_path / "script.py"))
+    assert sorted(line for line in output.splitlines() if line.startswith("rank")) == ["rank 0 True True", "rank 1 True True"], output
+
+
+@pytest.mark.parametrize("sections", [{"student": {"start": "teacher"}}, {"distill": {"link": STEPS, "generate": None, "infer": None}}])
+def test_what_is_not_taught_in_parts_says_so(sections, place):
+    recipe = config.check({**json.loads(place.write(**SECTIONS | sections).read_text()), "compute": {"shard_teacher": True}})
+    shop = Workshop(recipe, place.out, ranks=Ranks(0, 2))
+    with pytest.raises(BadInput, match="shard_teacher: is not for students that start"), shop.teacher_sharded():
+        pass
 
 
 def begun(process, folder, pattern):

@@ -902,6 +902,10 @@ class Compute(Section):
         default=None, description="of one training on the CPU; by default the cores, shared among what runs side by side"
     )
     workers: Count | None = Field(default=None, description="trainings side by side; by default one per core on a CPU, one on a GPU")
+    shard_teacher: bool = Field(
+        default=False,
+        description="for a teacher that does not fit: each of several processes keeps a part of its weights while students are trained",
+    )
     save_seconds: NotNegative = Field(default=30.0, description="between two saved states")
     log_steps: Count = 25
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import product
@@ -97,8 +97,31 @@ class Workshop:
         if self.recipe.teacher is None:
             raise BadInput("the recipe names no teacher")
         model = build.teacher(self.recipe.teacher, self.folder / "teacher", self.allowed)
-        model.net.to(self.device, memory_format=torch.channels_last)  # convolutions run up to twice as fast
+        if not self.shards:  # which it does where it is, until it has been cut up
+            model.net.to(self.device, memory_format=torch.channels_last)  # convolutions run up to twice as fast
         return model
+
+    @property
+    def shards(self) -> bool:
+        """Whether each process keeps a part of the teacher while students are trained."""
+        return self.recipe.compute.shard_teacher and self.ranks.count > 1
+
+    @contextmanager
+    def teacher_sharded(self) -> Iterator[None]:
+        """Within the block this process has its part of the teacher, if the recipe says so; afterwards the whole is loaded again."""
+        if not self.shards:
+            yield
+            return
+        if (self.recipe.student and self.recipe.student.start) or (self.recipe.distill and self.recipe.distill.link):
+            raise BadInput("compute.shard_teacher: is not for students that start as their teacher, nor for the phase link")
+        from .distill.sharding import shard
+
+        shard(self.teacher.net, self.device, self.ranks.count)
+        try:
+            yield
+        finally:
+            for name in ("teacher", "calibrated"):
+                vars(self).pop(name, None)
 
     @cached_property
     def calibrated(self) -> NoiseMap:

@@ -491,7 +491,8 @@ class Run:
             if workers == 1:
                 with threads(count), self._stoppable() as keep_going:
                     engine = accelerator(str(self.shop.device))
-                    make_students(self.shop, identity, engine, keep_going=keep_going, told=lambda j, e: self.board.training(j.name, e))
+                    with self.shop.teacher_sharded():
+                        make_students(self.shop, identity, engine, keep_going=keep_going, told=lambda j, e: self.board.training(j.name, e))
             else:
                 self._side_by_side(todo, workers, count or 1, identity)
             if not self.ranks.first:
