@@ -272,6 +272,10 @@ def test_only_metrics_are_required(tmp_path):
         ("{", "cannot be read as JSON"),
         ("[]", "format 'list'"),
         ('{"format": "other/2"}', "'other/2', expected 'potstill-metrics/1'"),
+        (
+            json.dumps({"format": "potstill-metrics/1", "arms": {f"arm {i}": {"emd": 1.0} for i in range(1001)}}),
+            "1,001 arms, and a page that can be read holds 1,000 at most",
+        ),
     ],
 )
 def test_unusable_metrics_are_refused_by_name(tmp_path, content, words):

@@ -31,6 +31,7 @@ _STEPS = 16  # columns of a strip of predictions, which fill the page
 _ROWS = 8
 _PANELS = 128  # of losses: each takes a moment to draw, and a log may name any number of phases; arms have up to three, in each size
 _TERMS = 16  # energies that a surrogate is shown with: more than there are, so a file of thousands cannot make a page of them
+_ARMS = 1000
 _SETS = {"surrogate": "free", "teacher": "teacher", "real": "real"}
 _WITHOUT_NOISE = ("inversion", "latent")  # kinds whose images are not denoised
 _KINDS = {"teacher": "", "free": "no real data", "real": "real data", "": ""}
@@ -349,6 +350,8 @@ def _render(run: Path) -> str:
     pictures = figures.read_pictures(run / "evaluate" / "pictures.npz")
     images = pictures.images if pictures else {}
     arms, floor = tables.arms_of(metrics), tables.floor_of(metrics)
+    if len(arms) > _ARMS:
+        raise ReportError(f"{run / 'metrics.json'}: {len(arms):,} arms, and a page that can be read holds {_ARMS:,} at most")
     reference = metrics.get("reference")
     environment = metrics.get("environment")
     environment = environment if isinstance(environment, Mapping) else {}
