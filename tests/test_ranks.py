@@ -15,6 +15,7 @@ import time
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import distributed, nn
 from torch.distributions import Categorical
 
@@ -368,6 +369,11 @@ def test_a_teacher_in_two_parts_teaches_the_same(place):
     assert process.returncode == 0, output
     close(parts, whole)
     assert cli.main(["doctor", str(parts)]) == 0
+    # The map is of a loss of the batch as a whole, which nobody shares out.
+    assert cli.main(["calibrate", str(recipe), "--out", str(place.folder / "one"), "--quiet"]) == 0
+    one, two = (load_file(root / "calibrated" / "model.safetensors") for root in (place.folder / "one", whole))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-6)
 
 
 SHARDED = """

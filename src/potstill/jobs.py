@@ -935,7 +935,7 @@ def make_calibrated(
     with _tracked(shop, engine, "calibrate", {"calibrate": section.steps}) as track:
         fit(
             net,
-            lambda name: Phase(name, objective, lambda module, batch: module(batch.noise, batch.n), learns, section),
+            lambda name: Phase(name, objective, lambda module, batch: module(batch.noise, batch.n), learns, section, split=False),
             ["calibrate"],
             Noise((recipe.seed, "calibrate")),
             engine=engine,

@@ -61,6 +61,7 @@ class Phase:
         parameters: what learns.
         training: updates, batch size, learning rate and so on.
         images: size of the data set that indices are drawn from; 0 where batches are of noise alone.
+        split: whether several processes share out the rows of a batch; where a loss is of the batch as a whole, each takes all of them.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Phase:
     parameters: list[nn.Parameter]
     training: Training
     images: int = 0
+    split: bool = True
 
 
 def learning_rate(training: Training, step: int) -> float:
@@ -390,8 +392,8 @@ def _fit_phase(
     processes = engine.num_processes
     if batch < processes:
         raise BadInput(f"{phase.name}: a batch of {batch} cannot be split among {processes} processes; start fewer, or raise batch")
-    rows = rows_of(batch, engine.process_index, processes)
-    share = len(rows) * processes / batch  # of the mean over the batch, where DDP takes that over the processes
+    rows = rows_of(batch, engine.process_index, processes) if phase.split else range(batch)
+    share = len(rows) * processes / batch if phase.split else 1.0  # of the mean over the batch, where DDP takes that over the processes
     shuffled = Shuffled(phase.images, batch, source) if phase.images else None
 
     remedy = f"lower lr (now {training.lr:g}), set clip, or look at the teacher's weights"
