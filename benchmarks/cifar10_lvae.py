@@ -84,6 +84,11 @@ def of_size(tree: dict[str, Any], size: str) -> dict[str, Any]:
     return tree
 
 
+def plain(arm: str) -> str:
+    """A row's name as part of a figure's."""
+    return arm.replace("-", "_").replace("+", "_on_")
+
+
 def published_latency() -> list[dict[str, Any]]:
     """How long the published networks take to generate, whatever their weights: one row a width, in turn, the median of three."""
     found: dict[tuple[int, int], list[float]] = {}
@@ -173,11 +178,11 @@ def main() -> None:
         root = mean["teacher"]["frechet_sqrt"]
         for arm, found in mean.items():
             if arm != "teacher":
-                name = arm.removeprefix("student_").removeprefix("data_free").replace("-", "_")
+                name = plain(arm.removeprefix("student_").removeprefix("data_free"))
                 figures[f"loss_vs_teacher_w{width}{'_' if name else ''}{name}"] = found["frechet_sqrt"] / root - 1
         if calibrated:
             for arm in (name for name in arms if not name.startswith("teacher")):
-                name, theirs = f"{arm.replace('-', '_')}_over_with_data_w{width}", with_data[width]
+                name, theirs = f"{plain(arm)}_over_with_data_w{width}", with_data[width]
                 figures[name] = mean[arm]["frechet_sqrt"] / theirs["frechet_sqrt"]["mean"]
                 for metric in ("frechet_sqrt", "emd", "mmd", "one_nn"):
                     figures[f"{name}_{metric}_in_sds"] = gain_in_sds(arms[arm][metric], theirs[metric])

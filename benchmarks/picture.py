@@ -20,9 +20,9 @@ from matplotlib import pyplot
 
 LABELS = {
     "teacher": "teacher",
-    "teacher_calibrated": "teacher, calibrated noise",
-    "calibrated": "student, data-free, calibrated",
-    "calibrated-longer": "calibrated, three times the updates",
+    "teacher+calibrated": "teacher, calibrated noise",
+    "calibrated+calibrated": "student, data-free, calibrated noise",
+    "calibrated-longer+calibrated": "the same, three times the updates",
     "student_data_free": "student, data-free",
     "longer": "student, data-free, three times the updates",
     "student_with_data": "student, with data",

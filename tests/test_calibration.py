@@ -75,6 +75,15 @@ def test_the_noise_of_each_latent_goes_through_its_own_map(teacher):
     assert torch.equal(net(noise).normal("out", (4, 2)), noise.normal("out", (4, 2)))
 
 
+def test_a_model_that_maps_its_noise_by_itself(teacher):
+    net, noise = stirred(teacher), Noise((3,))
+    found, expected = net.onto(teacher).sample(5, noise), teacher.sample(5, net(noise))
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert not torch.allclose(found, teacher.sample(5, noise), atol=1e-3)
+    x = torch.rand(5, 1, 8, 8)
+    assert torch.equal(net.onto(teacher).reconstruct(x, noise), teacher.reconstruct(x, noise))
+
+
 def test_teacher_and_student_get_the_same_mapped_noise(teacher):
     """A student that is the teacher: no difference, whatever the map, and the batch is what the teacher makes of mapped noise."""
     net = stirred(teacher)
@@ -141,7 +150,6 @@ def test_a_teacher_without_latents_is_refused():
         ({"calibrate": None}, "arm calibrated: start: calibrated needs a section calibrate"),
         ({"calibrate": {"energy": []}}, "calibrate.energy"),
         ({"surrogates": {"calibrated": {"n": 8}}}, "surrogates.calibrated: a name that start has another meaning for"),
-        ({"arms": [{"kind": "data_free", "name": "teacher_calibrated"}]}, "cannot be named teacher_calibrated"),
     ],
 )
 def test_recipes_that_are_refused(changes, problem):
@@ -153,11 +161,14 @@ def test_recipes_that_are_refused(changes, problem):
 def test_a_run(tmp_path, capsys):
     execute(tmp_path / "a")
     metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
-    assert list(metrics["arms"]) == ["teacher", "teacher_calibrated", "student_data_free", "calibrated"]
-    assert metrics["arms"]["teacher_calibrated"]["paired_mse"]["mean"] > 0
+    assert list(metrics["arms"]) == ["teacher", "teacher+calibrated", "student_data_free", "calibrated", "calibrated+calibrated"]
+    plain, mapped = (metrics["arms"][name] for name in ("calibrated", "calibrated+calibrated"))
+    assert plain["frechet"] != mapped["frechet"]
+    assert plain["reconstruction_mse"] == mapped["reconstruction_mse"]
+    assert mapped["params"] - plain["params"] == 2 * 2 + 2 + 2 * 2 * 9 + 2  # of both maps
     assert metrics["arms"]["student_data_free"]["frechet"] != metrics["arms"]["calibrated"]["frechet"]
     page = (tmp_path / "a" / "report.html").read_text()
-    assert "teacher, calibrated" in page
+    assert "teacher, calibrated noise" in page
     assert "Teacher, its calibration" in page
     assert json.loads((tmp_path / "a" / "calibrated" / "config.json").read_text()) == {"latents": ["z2", "z1"]}
     execute(tmp_path / "a")  # nothing left to do

@@ -41,13 +41,15 @@ def test_the_whole_recipe_at_toy_size(tmp_path):
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert [*metrics["arms"]] == [
         "teacher",
-        "teacher_calibrated",
+        "teacher+calibrated",
         "student_data_free",
         "student_with_data",
         "student_scratch",
         "longer",
         "calibrated",
+        "calibrated+calibrated",
         "calibrated-longer",
+        "calibrated-longer+calibrated",
         "mixed-unguided",
         "mixed-guided",
         "mixed-guided-full",

@@ -863,8 +863,8 @@ class Arm(Section):
             raise ValueError("labels are of arms with real images")
         if self.kind != "data_free" and (self.start is not None or (self.surrogate is not None and self.kind != "scratch")):
             raise ValueError("start and surrogate are of data_free arms; the others have real images")
-        if self.title in ("teacher", "teacher_calibrated"):
-            raise ValueError(f"an arm cannot be named {self.title}, which is a row of its own")
+        if self.title == "teacher":
+            raise ValueError("an arm cannot be named teacher, which is the teacher's own row")
         return self
 
 

@@ -25,7 +25,6 @@ import torch
 from . import __version__, build, config, inventory
 from .data import Dataset, Kept, Split, floats
 from .distill import trackers
-from .distill.calibration import NoiseMap
 from .distill.loop import accelerator, threads
 from .energy.statistics import FILE as ACTIVATIONS
 from .energy.view import Look
@@ -80,6 +79,7 @@ STAGES = ("train", "calibrate", "synthesize", "distill", "evaluate", "report")
 _SECTION = {stage: stage for stage in STAGES} | {"synthesize": "surrogate"}
 METRICS_FORMAT = "potstill-metrics/1"
 _OWN = "memory://"
+_MAPPED = "+calibrated"  # no arm has a plus sign in its name
 
 
 @dataclass(frozen=True)
@@ -711,8 +711,7 @@ class Run:
                 raise BadInput(f"evaluate: {who}: {build.reason(error)}") from None
 
         arms = {job.title: job.arm for job in jobs(recipe)}
-        teachers: dict[str, NoiseMap | None] = {"teacher": None} | ({"teacher_calibrated": shop.calibrated} if recipe.calibrate else {})
-        rows: dict[str, list[dict[str, float]]] = {name: [] for name in (*teachers, *arms)}
+        rows: dict[str, list[dict[str, float]]] = {name: [] for name in self._rows(arms)}
         floor: list[dict[str, float]] = []
         sketch = Sketch(test, shop.teacher.images.pixels)
         pictures: dict[str, Any] = dict.fromkeys(("real", "input"), sketch(test, shown))
@@ -724,22 +723,25 @@ class Run:
             order = noise.permutation("floor", len(data.train.images)).numpy()[:n]
             if generates and len(order) > k:
                 floor.append(measured(floats(data.train.images[np.sort(order)]), "real against real"))
-            reference = None
+            references: dict[bool, torch.Tensor] = {}  # the teacher's images, by whether the noise is mapped
             students = {job.title: job for job in jobs(recipe) if job.seed == seed}
             for name in rows:
-                job = students.get(name)
+                mapped = name.endswith(_MAPPED)
+                job = students.get(name.removesuffix(_MAPPED))
                 model = shop.teacher if job is None else self._load_student(job)
+                if mapped:
+                    model = shop.calibrated.onto(model)
                 figures: dict[str, float] = {}
                 if generates and model.generate is not None:
-                    generated = samples(model, n, noise, section.batch, teachers.get(name))
+                    generated = samples(model, n, noise, section.batch)
                     figures |= measured(generated, name if job is None else job.name)
                     if groups and real is not None:
                         figures |= {f"share/{k}": v for k, v in shares(features(generated), real, groups).items()}
-                    if reference is None:
-                        reference = generated
+                    if job is None:
+                        references[mapped] = generated
                         drawn = generated if drawn is None else drawn
                     else:
-                        figures["paired_mse"] = (generated - reference).double().pow(2).mean().item()
+                        figures["paired_mse"] = (generated - references[mapped]).double().pow(2).mean().item()
                     if seed == recipe.seeds[0]:
                         pictures[f"samples/{name}"] = sketch(generated, shown)
                 if shop.classes is not None and data.test.labels is not None:
@@ -756,7 +758,11 @@ class Run:
                         pictures[f"reconstruction/{name}"] = sketch(outputs, shown)
                 figures |= cost(model, section.latency_threads, section.latency_repeats)
                 rows[name].append(figures)
-                counts[name] = {"params": parameters(model.net), "size_mib": self._size_mib(job, model)}
+                beside = shop.calibrated if mapped else None
+                counts[name] = {
+                    "params": parameters(model.net) + (parameters(beside) if beside else 0),
+                    "size_mib": self._size_mib(job, model) + (size_mib(beside) if beside else 0.0),
+                }
                 done += 1
                 self.board.update("evaluate", done, total, name)
         made = self._synthesized
@@ -780,8 +786,8 @@ class Run:
             "compared": self._compared(generates),
             "arms": {name: _spread(found) | counts[name] for name, found in rows.items()},
             "arms_info": {"teacher": {"label": "teacher", "updates": None, "data": "real", "note": ""}}
-            | self._about_calibrated()
-            | {name: {"label": name} | self._about(arm) for name, arm in arms.items()},
+            | {name: {"label": name} | self._about(arm) for name, arm in arms.items()}
+            | self._about_mapped(arms),
             "surrogates": surrogates,
             "seeds": list(recipe.seeds),
             "environment": environment,
@@ -870,12 +876,25 @@ class Run:
         note = "; ".join([note, " + ".join(f"{v} {k}" for k, v in counts.items()) + " updates", *extra])
         return {"updates": sum(counts.values()), "data": "real" if arm.real else "none", "note": note}
 
-    def _about_calibrated(self) -> dict[str, Any]:
-        section = self.recipe.calibrate
-        if section is None:
-            return {}
-        note = f"on noise that was mapped, as found in {section.steps} updates"
-        return {"teacher_calibrated": {"label": "teacher, calibrated", "updates": None, "data": "none", "note": note}}
+    def _rows(self, arms: dict[str, config.Arm]) -> Iterator[str]:
+        """The teacher and every arm; after those that know calibrated noise, the same on such noise."""
+        yield "teacher"
+        if self.recipe.calibrate:
+            yield f"teacher{_MAPPED}"
+        for name, arm in arms.items():
+            yield name
+            if self.recipe.start_of(arm, "generate") == "calibrated":
+                yield f"{name}{_MAPPED}"
+
+    def _about_mapped(self, arms: dict[str, config.Arm]) -> dict[str, Any]:
+        section, found = self.recipe.calibrate, {}
+        for name in self._rows(arms):
+            if section and name.endswith(_MAPPED):
+                own = name.removesuffix(_MAPPED)
+                note = f"drawn from noise that goes through the map of the section calibrate ({section.steps} updates, no data)"
+                about = self._about(arms[own]) if own in arms else {"updates": None, "data": "real"}
+                found[name] = about | {"label": f"{own}, calibrated noise", "note": note}
+        return found
 
     def _data_free_note(self, arm: config.Arm) -> str:
         if self.recipe.distill and self.recipe.distill.link:

@@ -7,8 +7,9 @@ affine map of the noise has few enough numbers to be found from those.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch.distributions import Distribution, Independent, Normal
 from ..energy.view import Energy, Look
 from ..model import Model
 from ..noise import Noise, NoiseSource
-from ..trace import run
+from ..trace import Point, Sampler, draw, gaussian, run
 
 _CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
@@ -66,6 +67,46 @@ class NoiseMap(nn.Module):
     def forward(self, noise: NoiseSource) -> Mapped:
         """The noise, mapped."""
         return Mapped(noise, dict(zip(self.latents, self.maps, strict=True)))
+
+    def onto(self, model: Model) -> Model:
+        """A model that draws from mapped noise by itself, whatever noise it is given: to be looked at and measured, not trained.
+
+        Its latents are points: where they were drawn from is no longer in the trace.
+        """
+        program = model.program("generate")
+        return replace(model, generate=lambda sample: program(_Moved(sample, dict(zip(self.latents, self.maps, strict=True)))))
+
+
+class _Moved:
+    """Hands a program's requests on, with the value of mapped noise in place of the conditional."""
+
+    def __init__(self, sample: Sampler, maps: Mapping[str, nn.Module]):
+        self._sample, self._maps = sample, maps
+
+    @property
+    def n(self) -> int:
+        return self._sample.n
+
+    @property
+    def device(self) -> torch.device:
+        return self._sample.device
+
+    @property
+    def noise(self) -> NoiseSource:
+        return Mapped(self._sample.noise, self._maps)
+
+    def __call__(
+        self, name: str, dist: Distribution | Callable[..., Distribution], *args: Any, prior: Distribution | None = None
+    ) -> Tensor:
+        def make() -> Distribution:
+            given = dist if isinstance(dist, Distribution) else dist(*args)
+            return Point(draw(given, name, self.noise)) if name in self._maps else given
+
+        return self._sample(name, make, prior=prior)
+
+    def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        zeros = torch.zeros((self.n, *shape), device=self.device)
+        return self(name, gaussian(zeros, torch.ones_like(zeros)))
 
 
 def _map(shape: tuple[int, ...]) -> nn.Module:

@@ -13,21 +13,16 @@ from torch import Tensor
 from ..divergence import has_priors, latent_kl, per_sample, sampled_kl
 from ..energy.view import Energy, Look
 from ..model import Model
-from ..noise import Noise, NoiseSource
+from ..noise import Noise
 from ..trace import Point, run
 from . import distances
 from .cost import Latency, latency
 from .features import Features
 
 
-def samples(model: Model, n: int, noise: Noise, batch: int, through: Callable[[NoiseSource], NoiseSource] | None = None) -> Tensor:
-    """``(n, C, H, W)`` in [0, 1] on the CPU; image ``i`` is row ``i`` of the noise, or of what it becomes ``through`` a map."""
-    parts = []
-    for i in range(0, n, batch):
-        rows = range(i, min(i + batch, n))
-        given = noise.at(rows)
-        parts.append(model.sample(len(rows), through(given) if through else given).float().cpu())
-    return torch.cat(parts)
+def samples(model: Model, n: int, noise: Noise, batch: int) -> Tensor:
+    """``(n, C, H, W)`` in [0, 1] on the CPU; image ``i`` is row ``i`` of the noise."""
+    return torch.cat([model.sample(min(batch, n - i), noise.at(range(i, min(i + batch, n)))).float().cpu() for i in range(0, n, batch)])
 
 
 @torch.no_grad()

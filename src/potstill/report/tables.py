@@ -19,7 +19,7 @@ DASH = "–"
 """What stands where a value is missing: an en dash, which every terminal's code page has."""
 
 TEACHER, DATA_FREE, WITH_DATA, SCRATCH = "teacher", "student_data_free", "student_with_data", "student_scratch"
-CALIBRATED = "teacher_calibrated"
+CALIBRATED = "teacher+calibrated"
 
 ARM_LABELS: dict[str, str] = {
     TEACHER: "Teacher",
