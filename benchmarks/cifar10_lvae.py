@@ -27,9 +27,12 @@ import torch
 
 from common import gain_in_sds, write
 from potstill import config, pipeline
+from potstill.data import floats
+from potstill.evaluate.arms import over_seeds, quality, samples
 from potstill.evaluate.cost import latency, parameters
 from potstill.families.lvae import LVAE
 from potstill.noise import Noise
+from potstill.progress import Board
 from potstill.report.tables import text_table
 from potstill.state import read_json
 
@@ -82,6 +85,19 @@ def of_size(tree: dict[str, Any], size: str) -> dict[str, Any]:
             at = at[int(key)] if isinstance(at, list) else at.setdefault(key, {})
         at[last] = value
     return tree
+
+
+def with_data_on_calibrated_noise(recipe: config.Recipe, folder: Path, students: Path) -> dict[str, dict[str, float]]:
+    """Figures of students that were distilled with data, drawn from the noise that a run without data has calibrated."""
+    run = pipeline.Run(recipe, folder, (), Board(quiet=True))
+    section = recipe.evaluate or config.Evaluate()
+    test = floats(run.shop.real.test.images[: section.n])
+    real, found = run.features.of(test), []
+    for seed in recipe.seeds:
+        model = run.shop.calibrated.onto(LVAE.from_pretrained(students / f"seed-{seed}").model().frozen())
+        drawn = samples(model, len(test), Noise((recipe.seed, seed, "evaluate")), section.batch)
+        found.append(quality(drawn, real, run.features.features, section.k))
+    return over_seeds(found)
 
 
 def plain(arm: str) -> str:
@@ -165,7 +181,8 @@ def main() -> None:
             chosen["surrogates"] = {"own": whole["surrogates"]["own"]}
         else:
             del chosen["calibrate"]
-        pipeline.execute(config.check(chosen), folder)
+        recipe = config.check(chosen)
+        pipeline.execute(recipe, folder)
         metrics: dict[str, Any] = read_json(folder / "metrics.json")
         print(f"width {width}\n{text_table(metrics)}", file=sys.stderr)
         arms = metrics["arms"]
@@ -181,6 +198,9 @@ def main() -> None:
                 name = plain(arm.removeprefix("student_").removeprefix("data_free"))
                 figures[f"loss_vs_teacher_w{width}{'_' if name else ''}{name}"] = found["frechet_sqrt"] / root - 1
         if calibrated:
+            owner = with_data_on_calibrated_noise(recipe, folder, runs / f"width-{width}" / "students" / "student_with_data")
+            rows.append({"width": width, "arm": "student_with_data+calibrated"} | {k: owner[k] for k in FIGURES if k in owner})
+            figures[f"loss_vs_teacher_w{width}_with_data_on_calibrated"] = owner["frechet_sqrt"]["mean"] / root - 1
             for arm in (name for name in arms if not name.startswith("teacher")):
                 name, theirs = f"{plain(arm)}_over_with_data_w{width}", with_data[width]
                 figures[name] = mean[arm]["frechet_sqrt"] / theirs["frechet_sqrt"]["mean"]
