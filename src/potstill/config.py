@@ -1009,8 +1009,8 @@ class Recipe(Section):
                 problems.append(f"arm {arm.title}: start: calibrated needs a section calibrate")
             if self.start_of(arm, "link") == "calibrated":
                 problems.append(f"arm {arm.title}: start: calibrated is of the phase generate; a chain's links begin with plain noise")
-        if taken := sorted({"noise", "surrogate", "calibrated"} & set(self.surrogates)):
-            problems.append(f"surrogates.{taken[0]}: a name that start has another meaning for; choose another")
+        if "calibrated" in self.surrogates:
+            problems.append("surrogates.calibrated: a name that start has another meaning for; choose another")
         if self.student and self.students:
             problems.append("students: widths in place of student; give one of the two")
         if self.distill and not (self.student or self.students):

@@ -27,7 +27,7 @@ FAMILIES = {
     "lvae": functools.partial(LVAE, IMAGE, 4, 3, 2, 0.3),
     "classifier": functools.partial(Classifier, IMAGE, 5, 4),
 }
-EVERYWHERE = ("batchnorm", "activation_summary", "total_variation", "l2", "diversity", "diversity at 0.1")
+EVERYWHERE = ("batchnorm", "relative_batchnorm", "activation_summary", "total_variation", "l2", "diversity", "diversity at 0.1")
 WITH_LATENTS = ("posterior_kl", "reconstruction", "typicality", "typicality per node")
 NAMES = {
     "vae": (*EVERYWHERE, *WITH_LATENTS),
@@ -35,7 +35,7 @@ NAMES = {
     "classifier": (*EVERYWHERE, "cross_entropy", "disagreement"),
 }
 CASES = [(family, name) for family, names in NAMES.items() for name in names]
-COUPLED = {"batchnorm", "activation_summary", "diversity", "diversity at 0.1"}
+COUPLED = {"batchnorm", "relative_batchnorm", "activation_summary", "diversity", "diversity at 0.1"}
 
 
 def images(n=N, seed=5):

@@ -45,20 +45,15 @@ def relative_batchnorm(view: View) -> Tensor:
     """Squared distance of the batch's moments from the running ones, each channel in units of its running std, ``()``.
 
     The sum over the teacher's BatchNorm layers of the mean over channels of (difference of means / std)² + (ratio of stds - 1)². Each
-    square is the product of what the two halves of the batch give. Their noise is independent, so its square, by which small batches
-    seem far from any statistics and alike images seem near, drops out of the means; the value can be below 0.
+    square is the product of what two halves of the batch give, every other image and the rest. Their noise is independent, so its square,
+    by which small batches seem far from any statistics and alike images seem near, drops out of the means; the value can be below 0. Of
+    one image it is the square.
 
     Raises:
-        ValueError: the teacher has no BatchNorm layer with running statistics, or there are fewer than two images.
+        ValueError: the teacher has no BatchNorm layer with running statistics.
     """
-    half = len(view) // 2
-    if not half:
-        raise ValueError("relative_batchnorm compares two halves of a batch; there is one image")
-    rows = range(len(view)) if view.noise.rows is None else view.noise.rows
-    first = View(view.x[:half], view.teacher, noise=view.noise.at(rows[:half])).moments
-    second = View(view.x[half:], view.teacher, noise=view.noise.at(rows[half:])).moments
     distances = []
-    for (layer, *one), (_, *other) in zip(first, second, strict=True):
+    for layer, one, other in view.halves:
         if layer.running_mean is None:
             continue
         std = (layer.running_var + layer.eps).sqrt()

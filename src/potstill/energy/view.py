@@ -56,7 +56,7 @@ class View:
             raise ValueError(f"labels of shape {tuple(y.shape)}, {y.dtype}; one whole number is expected for each of {len(x)} images")
         self.x, self.teacher, self.student, self.noise, self.progress = x.float(), teacher, student, noise, progress
         self.y = None if y is None else y.to(x.device, torch.int64)
-        self._fed: list[tuple[str, nn.Module, Tensor | Moments]] = []
+        self._fed: list[tuple[str, nn.Module, Tensor | tuple[Moments, ...]]] = []
 
     def __len__(self) -> int:
         return len(self.x)
@@ -102,6 +102,11 @@ class View:
         return [(module, *moments) for _, module, moments in self._moments_of(_BatchNorm)]
 
     @cached_property
+    def halves(self) -> list[tuple[nn.Module, Moments, Moments]]:
+        """As :attr:`moments`, of every other image and of the rest, each by itself; of one image, twice those of that one."""
+        return [(module, *both) for _, module, both in self._moments_of(_BatchNorm, _halves)]
+
+    @cached_property
     def activations(self) -> dict[str, Moments]:
         """Mean and variance of what the batch feeds every convolution and linear layer of the teacher, by the layer's name.
 
@@ -143,15 +148,16 @@ class View:
             # What convolutions and BatchNorm are fed, a graph holds anyway and guards against change: the moments, a fifth of a
             # pass of the network, can wait until somebody asks. Elsewhere holding on would cost memory, or see what came later.
             held = torch.is_grad_enabled() and not isinstance(module, nn.Linear)
-            self._fed.append((name, module, h if held else _moments(h, _channels(module))))
+            halves = _halves(h, 1) if isinstance(module, _BatchNorm) and not held else ()
+            self._fed.append((name, module, h if held else (_moments(h, _channels(module)), *halves)))
 
         return listen
 
-    def _moments_of(self, kinds: Any) -> list[tuple[str, nn.Module, Moments]]:
+    def _moments_of(self, kinds: Any, of: Callable[[Tensor, int], Any] | None = None) -> list[tuple[str, nn.Module, Any]]:
         _ = self.trace
         with self._exactly():
             return [
-                (name, module, _moments(fed, _channels(module)) if isinstance(fed, Tensor) else fed)
+                (name, module, (of or _moments)(fed, _channels(module)) if isinstance(fed, Tensor) else fed[1:] if of else fed[0])
                 for name, module, fed in self._fed
                 if isinstance(module, kinds)
             ]
@@ -167,6 +173,10 @@ def _channels(module: nn.Module) -> int:
 def _moments(h: Tensor, channels: int) -> Moments:
     variance, mean = torch.var_mean(h.float(), [i for i in range(h.ndim) if i != channels % h.ndim], correction=0)
     return mean, variance
+
+
+def _halves(h: Tensor, channels: int) -> tuple[Moments, Moments]:
+    return _moments(h[::2], channels), _moments(h[1::2] if len(h) > 1 else h, channels)
 
 
 @dataclass(frozen=True)
