@@ -185,10 +185,10 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _compare(runs: Sequence[Path]) -> None:
-    from .compare import together as whole
+    from .compare import merged
     from .report.tables import text_table
 
-    print(text_table(whole(runs)))
+    print(text_table(merged(runs)))
 
 
 def _schema() -> None:

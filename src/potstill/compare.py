@@ -11,7 +11,7 @@ from .report.tables import arms_of
 from .state import read_json
 
 
-def together(folders: Sequence[Path]) -> dict[str, Any]:
+def merged(folders: Sequence[Path]) -> dict[str, Any]:
     """The metrics of several runs as if they were of one, each arm named with its run.
 
     Raises:

@@ -1011,6 +1011,8 @@ class Recipe(Section):
                 problems.append(f"arm {arm.title}: start: calibrated is of the phase generate; a chain's links begin with plain noise")
         if "calibrated" in self.surrogates:
             problems.append("surrogates.calibrated: a name that start has another meaning for; choose another")
+        if self.compute.shard_teacher and ((self.student and self.student.start) or (self.distill and self.distill.link)):
+            problems.append("compute.shard_teacher: is not for students that start as their teacher, nor for the phase link")
         if self.student and self.students:
             problems.append("students: widths in place of student; give one of the two")
         if self.distill and not (self.student or self.students):

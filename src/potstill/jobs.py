@@ -112,8 +112,6 @@ class Workshop:
         if not self.shards:
             yield
             return
-        if (self.recipe.student and self.recipe.student.start) or (self.recipe.distill and self.recipe.distill.link):
-            raise BadInput("compute.shard_teacher: is not for students that start as their teacher, nor for the phase link")
         from .distill.sharding import shard
 
         shard(self.teacher.net, self.device, self.ranks.count)

@@ -20,7 +20,7 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-_IN_CACHE = 2**17
+_IN_CACHE = 2**17  # numbers, each of which goes through a few words of eight bytes
 
 
 def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
@@ -97,7 +97,7 @@ class Noise:
         shape: Sequence[int],
         device: torch.device | str,
     ) -> Tensor:
-        """On a CPU, few enough rows at a time that their words stay in its cache: three times as fast, in a tenth of the memory."""
+        """On a CPU, few enough rows at a time that their words stay in its cache, which is three times as fast for a million rows."""
         batch = shape[0]
         rows = range(batch) if self.rows is None else self.rows
         part = max(1, _IN_CACHE // max(1, math.prod(shape[1:])))

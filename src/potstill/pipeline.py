@@ -140,7 +140,7 @@ class Run:
                 if "train" not in stages or self._is_done("train"):
                     rehearse_calibration(self.shop)
             elif self.recipe.calibrate and {"distill", "evaluate"} & set(stages) and not self._is_done("calibrate"):
-                raise BadInput(f"{stages[0]}: no calibrated teacher yet; run the calibrate stage first")
+                raise BadInput(f"{stages[0]}: no calibrated noise yet; run the calibrate stage first")
             if "synthesize" in stages:
                 self._check_synthesize(teacher)
             if {"distill", "evaluate"} & set(stages):
