@@ -1,12 +1,15 @@
 """A teacher's latents recalibrated by what its layers remember of its data: what is learned, and a run that does it."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.numpy import load_file
 
-from potstill import cli, config, pipeline
+import potstill
+from potstill import build, cli, config, pipeline
 from potstill.distill.calibration import Calibration, NoiseMap
 from potstill.distill.distiller import Distiller
 from potstill.divergence import Match, mse, total
@@ -16,6 +19,7 @@ from potstill.families.classifier import Classifier
 from potstill.families.gan import GAN
 from potstill.families.helmholtz import HelmholtzMachine
 from potstill.families.lvae import LVAE
+from potstill.inventory import damage
 from potstill.model import Images, Model
 from potstill.noise import Noise
 from potstill.trace import run
@@ -39,6 +43,12 @@ def born(make):
 @pytest.fixture
 def teacher():
     return born(lambda: LVAE((1, 8, 8), 4, 2, 2, std=0.1))
+
+
+def load_map(run_folder, model):
+    net = NoiseMap(model)
+    build.load_weights(net, run_folder / "calibrated" / "model.safetensors")
+    return net
 
 
 def execute(folder, **sections):
@@ -185,6 +195,40 @@ def test_stage_by_stage_and_in_the_wrong_order(tmp_path, capsys):
         assert cli.main([stage, str(path), "--out", str(out), "--quiet"]) == 0
     execute(tmp_path / "whole")
     assert results(out) == results(tmp_path / "whole")
+
+
+def test_the_student_that_is_taken_away_maps_its_noise_by_itself(tmp_path, capsys):
+    execute(tmp_path / "run", arms=RECIPE["arms"][1:])
+    folder = tmp_path / "run" / "student"
+    assert cli.main(["export", str(tmp_path / "run"), "--to", "torch-export"]) == 0
+    maps = load_file(folder / "noise_map.safetensors")
+    count = sum(tensor.size for tensor in maps.values())
+    assert f"a map of it of {count:,} numbers" in (folder / "README.md").read_text()
+
+    noise, student, plain = Noise((5,)), potstill.load(folder), build.pretrained(str(folder)).model()
+    expected = student.sample(6, noise)
+    assert torch.equal(expected, load_map(tmp_path / "run", plain).onto(plain).sample(6, noise))
+    assert not torch.equal(expected, plain.sample(6, noise))
+    about = json.loads((tmp_path / "run" / "export" / "torch-export" / "export.json").read_text())
+    graph = about["graphs"]["model.pt2"]
+    exported = torch.export.load(tmp_path / "run" / "export" / "torch-export" / "model.pt2").module()
+    found = exported(*(noise.normal(i["name"], (6, *i["shape"][1:])) for i in graph["inputs"]))
+    assert (found[0] - expected).abs().max() < 1e-5
+    assert about["params"] == sum(p.numel() for p in plain.net.parameters()) + count
+    assert damage(tmp_path / "run") == []
+
+    shutil.copytree(folder, tmp_path / "other")
+    (tmp_path / "other" / "noise_map.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    assert cli.main(["export", str(tmp_path / "other"), "--to", "torch-export", "--out", str(tmp_path / "e")]) == 2
+    assert "noise_map.safetensors" in capsys.readouterr().err
+
+
+def test_a_student_of_plain_noise_has_no_map(tmp_path):
+    execute(tmp_path / "run")
+    assert not (tmp_path / "run" / "student" / "noise_map.safetensors").exists()
+    folder, noise = tmp_path / "run" / "student", Noise((5,))
+    plain = build.pretrained(str(folder)).model()
+    assert torch.equal(potstill.load(str(folder)).sample(6, noise), plain.sample(6, noise))
 
 
 def test_a_classifier_has_nothing_to_calibrate(tmp_path):

@@ -19,6 +19,7 @@ _HOME = {
     "from_generator": "families.own",
     "from_logits": "families.own",
     "kd4dgm": "importers",
+    "load": "build",
     "pythae": "importers",
     "read_checkpoint": "importers",
     "transformers_classifier": "importers",

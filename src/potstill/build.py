@@ -19,6 +19,7 @@ from torch.distributions import Categorical
 from . import config, data
 from . import energy as energies
 from .distill.adversary import Adversary
+from .distill.calibration import NOISE_MAP, NoiseMap
 from .divergence import Divergence, Match, hinton, kl, mse, reverse_kl, wasserstein2
 from .energy.view import Energy
 from .errors import BadInput, Failed
@@ -152,7 +153,7 @@ def load_weights(net: nn.Module, path: Path) -> None:
 
 
 def locate(path: str) -> Path:
-    """The folder that ``zoo:NAME``, a local folder, or a Hub id stands for; a Hub id is downloaded, its two plain files alone.
+    """The folder that ``zoo:NAME``, a local folder, or a Hub id stands for; a Hub id is downloaded, its plain files alone.
 
     Raises:
         BadInput: there is none.
@@ -172,7 +173,7 @@ def locate(path: str) -> Path:
         from huggingface_hub import snapshot_download
 
         try:
-            return Path(snapshot_download(path, allow_patterns=["config.json", "model.safetensors", "model_index.json"]))
+            return Path(snapshot_download(path, allow_patterns=["config.json", "model.safetensors", NOISE_MAP, "model_index.json"]))
         except Exception as error:  # of the Hub, of the network, of the name: what is raised differs between its versions
             raise BadInput(
                 f"{path}: no such folder, and no model of that name could be had from the Hub ({type(error).__name__})"
@@ -199,6 +200,44 @@ def pretrained(path: str) -> Network:
         path_in_it = ".".join(str(part) for part in wrong["loc"][1:])
         raise BadInput(f"{folder / 'config.json'}: {path_in_it or 'family'}: {wrong['msg']}") from None
     return _filled(section, folder / "model.safetensors").eval()
+
+
+def load(path: str | Path) -> Model:
+    """The model in a folder of config.json and model.safetensors, ready to sample from, infer by, or distill.
+
+    A student that draws from calibrated noise has its map of it beside its weights; then it is given standard noise as any other, and
+    maps it by itself. Without that map, :func:`pretrained` gives its network.
+
+    Args:
+        path: the folder, ``zoo:NAME``, or a Hub id.
+
+    Returns:
+        It, frozen, on the CPU.
+
+    Raises:
+        BadInput: no such folder, or what is in it is broken.
+    """
+    folder = locate(str(path))
+    model = pretrained(str(folder)).model().frozen()
+    calibrated = noise_map(model, folder)
+    return calibrated.onto(model) if calibrated else model
+
+
+def noise_map(model: Model, folder: Path) -> NoiseMap | None:
+    """The map of a frozen model's noise that lies beside its weights, if any.
+
+    Raises:
+        BadInput: it is broken, or of another model.
+    """
+    file = folder / NOISE_MAP
+    if not file.is_file():
+        return None
+    try:
+        net = NoiseMap(model)
+    except ValueError as error:
+        raise BadInput(f"{file}: {error}") from None
+    load_weights(net, file)
+    return net.eval().requires_grad_(False)
 
 
 def _filled(section: config.Net, weights: Path) -> Network:

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from torch.distributions import Categorical, Distribution
 
 from . import build, config
 from .data import floats
+from .distill.calibration import NoiseMap
 from .errors import BadInput, Failed, Refused
 from .evaluate.cost import file_mib, latency, parameters, size_mib
 from .evaluate.features import pixels
@@ -173,9 +174,10 @@ def _mean(node: Node) -> Tensor:
 
 @dataclass(frozen=True)
 class _Source:
-    """What is exported, in eval mode on the CPU, and the run that made it, where it is one of a run."""
+    """What is exported, in eval mode on the CPU, and the run that made it, where it is one of a run; ``beside``: the map of its noise."""
 
     model: Model
+    beside: NoiseMap | None = None
     folder: Path | None = None
     recipe: config.Recipe | None = None
     shop: Workshop | None = field(default=None, repr=False)
@@ -238,7 +240,8 @@ def _check_packages(to: Target) -> None:
 def _source(path: str | Path, allowed: Sequence[str]) -> _Source:
     folder = Path(path).expanduser()
     if not (folder / "recipe.yaml").is_file():
-        return _Source(_on_cpu(build.pretrained(str(path)).model()))
+        folder = build.locate(str(path))
+        return _mapped(build.pretrained(str(folder)).model(), folder)
     recipe = config.read(folder / "recipe.yaml")
     student = folder / "student"
     if recipe.students:
@@ -255,21 +258,23 @@ def _source(path: str | Path, allowed: Sequence[str]) -> _Source:
         arm = next((a for a in recipe.arms if a.kind == "data_free"), recipe.arms[0])
         model = shop.student(Job(arm, recipe.seeds[0]))
         build.load_weights(model.net, student / "model.safetensors")
-    return _Source(_on_cpu(model), folder, recipe, shop)
+    return replace(_mapped(model, student), folder=folder, recipe=recipe, shop=shop)
 
 
-def _on_cpu(model: Model) -> Model:
+def _mapped(model: Model, folder: Path) -> _Source:
     model.net.to("cpu", memory_format=torch.contiguous_format)
-    return model.frozen()
+    beside = build.noise_map(model.frozen(), folder)
+    return _Source(beside.onto(model) if beside else model, beside)
 
 
 def _written(source: _Source, to: Target, int8: bool, folder: Path) -> dict[str, Any]:
     model = source.model
+    nets = [model.net, *([source.beside] if source.beside else [])]
     found: dict[str, Any] = {
         "format": FORMAT,
         "to": to,
         "network": type(model.net).__name__,
-        "params": parameters(model.net),
+        "params": sum(map(parameters, nets)),
         "image": {"shape": list(model.images.shape), "pixels": model.images.pixels},
     }
     if chain := chain_of(model):
@@ -293,7 +298,7 @@ def _written(source: _Source, to: Target, int8: bool, folder: Path) -> dict[str,
         found["graphs"][path.name] = graph | ({"most_rows": most} if most else {})
         if part is parts[0]:
             row = {"name": "ONNX" if to == "onnx" else "torch.export", "file": path.name, "size_mib": file_mib(path)}
-            found["table"] += [{"name": "torch", "file": None, "size_mib": size_mib(model.net)} | _timed(part, _eager(part))]
+            found["table"] += [{"name": "torch", "file": None, "size_mib": sum(map(size_mib, nets))} | _timed(part, _eager(part))]
             found["table"] += [row | {"max_abs_difference": apart} | _timed(part, call, most)]
     if labels := _labels(model):
         found["labels"] = labels

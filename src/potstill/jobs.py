@@ -23,7 +23,7 @@ from . import build, config
 from .data import Dataset, Kept, Split, floats
 from .distill.adversary import AdversarialTraining, Adversary
 from .distill.augment import augmented
-from .distill.calibration import Calibration, NoiseMap
+from .distill.calibration import NOISE_MAP, Calibration, NoiseMap
 from .distill.distiller import UNSHARED, Classification, Continual, Distiller, Encoding, Shared, likelihood, reached, train_only
 from .distill.loop import Batch, Log, Phase, abreast, fit, fitting
 from .distill.pool import OnlineLinks
@@ -1024,9 +1024,18 @@ def make_prior(
     return net
 
 
-def save_network(model: Model, folder: Path, card: str) -> None:
-    """Write a network as ``save_pretrained`` does, with a model card, each file whole or not at all, the weights last."""
+def save_network(model: Model, folder: Path, card: str, calibrated: NoiseMap | None = None) -> None:
+    """Write a network as ``save_pretrained`` does, with a model card, each file whole or not at all, the weights last.
+
+    Args:
+        model: whose network.
+        folder: where to.
+        card: what it is.
+        calibrated: the map of the noise that it is to draw from.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    if calibrated is None:
+        (folder / NOISE_MAP).unlink(missing_ok=True)  # of a student that was there before
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving.", suffix=".tmp") as temporary:
         target = Path(temporary)
         (target / "README.md").write_text(card, encoding="utf-8")
@@ -1037,6 +1046,8 @@ def save_network(model: Model, folder: Path, card: str) -> None:
                 raise os_error(error, folder / "model.safetensors") from None
         else:
             save_tensors(model.net.state_dict(), target / "model.safetensors")
+        if calibrated is not None:
+            save_tensors(calibrated.state_dict(), target / NOISE_MAP)
         if isinstance(model.net, LatentDiffusion):  # for whoever puts it into the teacher's pipeline
             model.net.unet.save_pretrained(target / "unet", safe_serialization=True)
         files = sorted((p for p in target.rglob("*") if p.is_file()), key=lambda p: p.name == "model.safetensors")
@@ -1064,8 +1075,8 @@ def teacher_card(recipe: config.Recipe, data: str, parameters: int) -> str:
     )
 
 
-def student_card(recipe: config.Recipe, job: Job, counts: dict[str, int], parameters: int, teacher: int) -> str:
-    """The model card of a student."""
+def student_card(recipe: config.Recipe, job: Job, counts: dict[str, int], parameters: int, teacher: int, mapped: int = 0) -> str:
+    """The model card of a student, with so many numbers in the map of its noise, if it has one beside it."""
     how = {
         "data_free": "from its teacher alone, without data",
         "with_data": "from its teacher, on real images",
@@ -1075,9 +1086,15 @@ def student_card(recipe: config.Recipe, job: Job, counts: dict[str, int], parame
     if recipe.student and recipe.student.start:
         how = f"from its teacher's weights, {how.removeprefix('from scratch ')}"
     steps = ", ".join(f"{count:,} updates of {name}" for name, count in counts.items())
+    beside = (
+        f"It draws from calibrated noise: `{NOISE_MAP}` is a map of it of {mapped:,} numbers, which `potstill.load` of "
+        "this folder puts before the network.\n\n"
+        if mapped
+        else ""
+    )
     return (
         f"{_front('distillation')}\n# {recipe.name}: {job.title}, seed {job.seed}\n\n"
         f"A student of {parameters:,} parameters, {teacher / parameters:.1f} times fewer than its teacher's {teacher:,}. "
-        f"Made by potstill {how}: {steps}.\n\n"
+        f"Made by potstill {how}: {steps}.\n\n{beside}"
         "A student carries its teacher's biases, and may carry parts of the data that its teacher memorized.\n"
     )

@@ -502,7 +502,9 @@ class Run:
                 raise Failed(f"distill: not done: {', '.join(missing)}; run the same command again to go on")
             for folder, job in final.items():
                 model = self._load_student(job)
-                save_network(model, self.folder / folder, student_card(recipe, job, updates(recipe, job.arm), *self._sizes(model)))
+                calibrated = self.shop.calibrated if recipe.start_of(job.arm, "generate") == "calibrated" else None
+                card = student_card(recipe, job, updates(recipe, job.arm), *self._sizes(model), parameters(calibrated) if calibrated else 0)
+                save_network(model, self.folder / folder, card, calibrated)
 
     def _bytes_of_surrogates(self) -> int:
         """Bytes of the images that trainings hold in memory; those of a storage are on the disk."""

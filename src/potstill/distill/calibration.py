@@ -20,6 +20,9 @@ from ..model import Model
 from ..noise import Noise, NoiseSource
 from ..trace import Point, Sampler, draw, gaussian, run
 
+NOISE_MAP = "noise_map.safetensors"
+"""Beside a model's weights, in the folder of one that draws from mapped noise."""
+
 _CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
 
@@ -47,22 +50,22 @@ class NoiseMap(nn.Module):
     may vary together. In the state dict, ``maps.0`` is of the first of ``latents``.
 
     Args:
-        teacher: whose program ``generate`` is run once to see its latents.
+        model: a teacher, or a student of one, whose latents are the same; its program ``generate`` is run once to see them.
 
     Raises:
         ValueError: it draws no latent from a normal.
     """
 
-    def __init__(self, teacher: Model):
+    def __init__(self, model: Model):
         super().__init__()
         with torch.no_grad():
-            trace = run(teacher.program("generate"), noise=Noise(), n=2, device=teacher.device)
+            trace = run(model.program("generate"), noise=Noise(), n=2, device=model.device)
         shapes = {name: tuple(node.value.shape) for name, node in trace.latents().items() if _is_normal(node.dist)}
         shapes = {name: shape for name, shape in shapes.items() if 2 <= len(shape) <= 5}
         if not shapes:
-            raise ValueError(f"the teacher, a {type(teacher.net).__name__}, draws no latent from a normal")
+            raise ValueError(f"a {type(model.net).__name__} of this kind draws no latent from a normal")
         self.latents = tuple(shapes)
-        self.maps = nn.ModuleList(_map(shape).to(teacher.device) for shape in shapes.values())
+        self.maps = nn.ModuleList(_map(shape).to(model.device) for shape in shapes.values())
 
     def forward(self, noise: NoiseSource) -> Mapped:
         """The noise, mapped."""
