@@ -40,7 +40,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 WIDTHS = {"large": (32, 16, 8), "small": (8, 16)}
 PUBLISHED = (128, 32, 16, 8)
 # Of every student but the first, whose table has all arms.
-MAIN = ("student_data_free", "student_with_data", "calibrated")
+MAIN = ("student_data_free", "student_with_data", "calibrated", "calibrated-longest")
 SMALL: dict[str, Any] = {
     "train.model.width": 32,
     "train.steps": 2500,
@@ -50,6 +50,7 @@ SMALL: dict[str, Any] = {
     "train.beta_warmup": 500,
     "train.ema": 0.995,
     "surrogates.own.n": 2048,
+    "surrogates.more.n": 8192,
     **{f"surrogates.{name}.{key}": value for name in ("unguided", "guided", "guided-full") for key, value in (("n", 500), ("steps", 10))},
     **{f"distill.{phase}.batch": 64 for phase in ("generate", "infer", "scratch")},
     **{f"distill.{phase}.ema": 0.98 for phase in ("generate", "infer", "scratch")},
@@ -63,6 +64,7 @@ SMALL: dict[str, Any] = {
     "calibrate.batch": 192,
     "arms.3.steps": 1500,
     "arms.5.steps": 1500,
+    "arms.6.steps": {"generate": 1500, "infer": 900},
     "evaluate.latency_repeats": 20,
     "compute.threads": 1,
 }
@@ -98,6 +100,13 @@ def with_data_on_calibrated_noise(recipe: config.Recipe, folder: Path, students:
         drawn = samples(model, len(test), Noise((recipe.seed, seed, "evaluate")), section.batch)
         found.append(quality(drawn, real, run.features.features, section.k))
     return over_seeds(found)
+
+
+def folder_of(arm: config.Arm) -> str:
+    """What follows the width in the name of the run that an arm is trained in."""
+    if arm.start != "calibrated":
+        return ""
+    return "-longest" if isinstance(arm.steps, dict) else "-calibrated"
 
 
 def plain(arm: str) -> str:
@@ -162,8 +171,8 @@ def main() -> None:
     with_data: dict[int, dict[str, Any]] = {}
     del whole["train"]
     widths = tuple(arguments.widths or WIDTHS[arguments.size])
-    for width, calibrated in product(widths, (False, True)):
-        folder = runs / f"width-{width}{'-calibrated' if calibrated else ''}"
+    for width, kind in product(widths, ("", "-calibrated", "-longest")):
+        folder, calibrated = runs / f"width-{width}{kind}", kind != ""
         first = folder.with_name(folder.name.replace(str(width), str(widths[0])))
         # What is of the teacher alone is the same for every student.
         if width != widths[0] and not folder.exists():
@@ -174,11 +183,9 @@ def main() -> None:
         teacher = {"kind": "pretrained", "path": str(runs / "teacher" / "teacher")}
         chosen = whole | {"teacher": teacher, "student": {"width": width}}
         described = [(arm, config.Arm.model_validate(arm)) for arm in whole["arms"]]
-        chosen["arms"] = [
-            arm for arm, about in described if (about.start == "calibrated") == calibrated and (width == widths[0] or about.title in MAIN)
-        ]
+        chosen["arms"] = [arm for arm, about in described if folder_of(about) == kind and (width == widths[0] or about.title in MAIN)]
         if calibrated:
-            chosen["surrogates"] = {"own": whole["surrogates"]["own"]}
+            chosen["surrogates"] = {arm["surrogate"]: whole["surrogates"][arm["surrogate"]] for arm in chosen["arms"]}
         else:
             del chosen["calibrate"]
         recipe = config.check(chosen)
@@ -198,12 +205,16 @@ def main() -> None:
                 name = plain(arm.removeprefix("student_").removeprefix("data_free"))
                 figures[f"loss_vs_teacher_w{width}{'_' if name else ''}{name}"] = found["frechet_sqrt"] / root - 1
         if calibrated:
-            owner = with_data_on_calibrated_noise(recipe, folder, runs / f"width-{width}" / "students" / "student_with_data")
-            rows.append({"width": width, "arm": "student_with_data+calibrated"} | {k: owner[k] for k in FIGURES if k in owner})
-            figures[f"loss_vs_teacher_w{width}_with_data_on_calibrated"] = owner["frechet_sqrt"]["mean"] / root - 1
+            if kind == "-calibrated":
+                owner = with_data_on_calibrated_noise(recipe, folder, runs / f"width-{width}" / "students" / "student_with_data")
+                rows.append({"width": width, "arm": "student_with_data+calibrated"} | {k: owner[k] for k in FIGURES if k in owner})
+                figures[f"loss_vs_teacher_w{width}_with_data_on_calibrated"] = owner["frechet_sqrt"]["mean"] / root - 1
             for arm in (name for name in arms if not name.startswith("teacher")):
                 name, theirs = f"{plain(arm)}_over_with_data_w{width}", with_data[width]
                 figures[name] = mean[arm]["frechet_sqrt"] / theirs["frechet_sqrt"]["mean"]
+                if not arm.endswith("+calibrated"):
+                    over = mean[arm]["reconstruction_mse"] / mean["teacher"]["reconstruction_mse"]
+                    figures[f"reconstruction_over_teacher_w{width}_{plain(arm)}"] = over
                 for metric in ("frechet_sqrt", "emd", "mmd", "one_nn"):
                     figures[f"{name}_{metric}_in_sds"] = gain_in_sds(arms[arm][metric], theirs[metric])
             continue

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from potstill import config
 from potstill.errors import RecipeError
+from potstill.jobs import updates
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = [*sorted((ROOT / "recipes").glob("*.yaml")), ROOT / "src" / "potstill" / "demo.yaml"]
@@ -372,6 +373,33 @@ def test_overrides_reach_everything(tmp_path):
     assert recipe.train.model.width == 3
     assert recipe.compute.save_seconds == 0
     assert recipe.report is None
+
+
+@pytest.mark.parametrize(
+    ("arm", "expected"),
+    [
+        ("data_free", {"generate": 1000, "infer": 5}),
+        ("{kind: data_free, steps: 3}", {"generate": 3, "infer": 5}),
+        ("{kind: data_free, steps: {infer: 9}}", {"generate": 1000, "infer": 9}),
+        ("{kind: data_free, steps: {infer: 9, generate: 2}}", {"generate": 2, "infer": 9}),
+        ("{kind: data_free, infer: false, steps: {generate: 2}}", {"generate": 2}),
+        ("{kind: scratch, steps: {scratch: 7}}", {"scratch": 7}),
+        ("{kind: scratch, steps: 8}", {"scratch": 8}),
+    ],
+)
+def test_an_arm_has_updates_of_its_own(tmp_path, arm, expected):
+    recipe = read(tmp_path, FULL, f"arms=[{arm}]", "distill.generate.steps=1000", "distill.infer={steps: 5}")
+    assert updates(recipe, recipe.arms[0]) == expected
+
+
+def test_updates_of_a_phase_that_an_arm_does_not_have_are_refused(tmp_path):
+    for arm, problem in (
+        ("{kind: data_free, steps: {link: 3}}", "arm student_data_free: steps: it has no phase link, only generate, infer"),
+        ("{kind: data_free, infer: false, steps: {infer: 3}}", "arm student_data_free: steps: it has no phase infer, only generate"),
+        ("{kind: scratch, steps: {infer: 3}}", "arm student_scratch: steps: it has no phase infer, only scratch"),
+    ):
+        with pytest.raises(RecipeError, match=f"^{problem}$"):
+            read(tmp_path, FULL, f"arms=[{arm}]", "distill.infer={steps: 5}")
 
 
 def test_an_override_makes_the_section_that_is_not_there(tmp_path):

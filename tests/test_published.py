@@ -35,6 +35,7 @@ def test_the_whole_recipe_at_toy_size(tmp_path):
     tree["calibrate"] = TOY
     for at in (3, 5):
         tree["arms"][at]["steps"] = 3
+    tree["arms"][6]["steps"] = {"generate": 3, "infer": 4}
     tree["evaluate"] = {"features": "pixels", "n": 12, "latency_repeats": 3}
     tree["compute"] = {"threads": 1, "workers": 1}
     pipeline.execute(config.check(tree), tmp_path / "run", quiet=True)
@@ -50,15 +51,17 @@ def test_the_whole_recipe_at_toy_size(tmp_path):
         "calibrated+calibrated",
         "calibrated-longer",
         "calibrated-longer+calibrated",
+        "calibrated-longest",
+        "calibrated-longest+calibrated",
         "mixed-unguided",
         "mixed-guided",
         "mixed-guided-full",
         "unguided",
         "guided",
     ]
-    assert metrics["arms_info"]["longer"]["updates"] == 5
+    assert [metrics["arms_info"][name]["updates"] for name in ("longer", "calibrated-longest")] == [5, 7]
     assert all(figures["frechet_sqrt"]["mean"] > 0 for figures in metrics["arms"].values())
-    assert set(metrics["surrogates"]) == {f"surrogates/{name}" for name in ("own", "unguided", "guided", "guided-full")}
+    assert set(metrics["surrogates"]) == {f"surrogates/{name}" for name in ("own", "more", "unguided", "guided", "guided-full")}
     assert (tmp_path / "run" / "report.html").exists()
 
 
@@ -68,4 +71,5 @@ def test_every_arm_but_the_longer_ones_has_as_many_updates():
     recipe = config.read(ROOT / "recipes" / "cifar10-lvae.yaml")
     counts = {arm.title: sum(updates(recipe, arm).values()) for arm in recipe.arms}
     assert counts.pop("longer") == counts.pop("calibrated-longer") == 39000
+    assert counts.pop("calibrated-longest") == 58500
     assert set(counts.values()) == {19500}

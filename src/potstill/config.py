@@ -804,6 +804,14 @@ class Distill(Section):
         given = (("link", self.link), ("generate", self.generate if arm.generate else None))
         return tuple((name, section) for name, section in given if section is not None)
 
+    def phases(self, arm: Arm) -> dict[str, int]:
+        """Updates of each phase of an arm by name, as the recipe has them for all arms."""
+        if not arm.distilled:
+            section: Scratch = getattr(self, arm.kind)
+            return {arm.kind: section.steps}
+        encoder = {"infer": self.infer.steps} if self.infer and arm.infer else {}
+        return {name: section.steps for name, section in self.generators(arm)} | encoder
+
 
 def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
@@ -819,7 +827,9 @@ class Arm(Section):
 
     kind: Literal["data_free", "with_data", "scratch", "continual"]
     name: Name | None = None
-    steps: Count | None = Field(default=None, description="updates of the first phase, where this arm's differ from the recipe's")
+    steps: Count | dict[Name, Count] | None = Field(
+        default=None, description="updates of the first phase, or of phases by name, where this arm's differ from the recipe's"
+    )
     replay: Pattern | None = None
     share: Pattern | None = None
     start: Name | None = Field(default=None, description="of the first of the phases link and generate, where this arm's differs")
@@ -1028,6 +1038,10 @@ class Recipe(Section):
                 problems.append(f"distill.{phase}: trains on surrogate images and needs a surrogate section{way_out}")
                 break
         for arm in self.arms if self.distill else ():
+            if self.distill and isinstance(arm.steps, dict):
+                phases = self.distill.phases(arm)
+                if absent := [name for name in arm.steps if name not in phases]:
+                    problems.append(f"arm {arm.title}: steps: it has no phase {absent[0]}, only {', '.join(phases) or 'none'}")
             if self.distill and not self.distill.generators(arm):
                 if arm.distilled and not (self.distill.infer and arm.infer):
                     problems.append(f"arm {arm.title}: without generate and infer it has no phase")

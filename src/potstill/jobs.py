@@ -316,13 +316,9 @@ def is_done(run: Path, job: Job, identity: str | None = None) -> bool:
 def updates(recipe: config.Recipe, arm: config.Arm) -> dict[str, int]:
     """Number of updates of each of an arm's phases."""
     distill = recipe.distill or config.Distill()
-    if not arm.distilled:
-        return {arm.kind: arm.steps or getattr(distill, arm.kind).steps}
-    phases = {name: section.steps for name, section in distill.generators(arm)}
-    if distill.infer and arm.infer:
-        phases["infer"] = distill.infer.steps
+    phases = distill.phases(arm)
     if arm.steps:
-        phases[next(iter(phases))] = arm.steps
+        phases.update(arm.steps if isinstance(arm.steps, dict) else {next(iter(phases)): arm.steps})
     rounds = distill.rounds if arm.kind == "data_free" and "infer" in phases else 1
     if rounds > 1:
         steps = phases.pop("infer")
@@ -768,7 +764,7 @@ def make_student(
     if not job.arm.distilled:
         kind = job.arm.kind
         whole: config.Scratch = getattr(distill, kind)
-        section = whole.model_copy(update={"steps": job.arm.steps or whole.steps})
+        section = whole.model_copy(update={"steps": updates(recipe, job.arm)[kind]})
         images = None if job.arm.real else shared("data", kind, lambda: shop.images_of(job.arm, kind))
         train = shop.real_of(job.arm) if images is None else Split(images, None)
         phases = _from_scratch(shop, student, adversary, section, kind, shop.classes is not None, train, shared)
