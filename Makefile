@@ -9,7 +9,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 # Compiled modules are worth seconds at every start of a worker.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test fast lint types format clean
+.PHONY: demo test fast lint types format docs clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/potstill demo
@@ -27,6 +27,10 @@ lint: $(VENV)/.installed-dev
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
+
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -41,4 +45,4 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs dist build docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
