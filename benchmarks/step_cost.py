@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import write
 from potstill.distill.distiller import Distiller, reached, train_only
-from potstill.distill.loop import accelerator, backward
+from potstill.distill.loop import accelerator, backward, descend
 from potstill.divergence import Match, total, wasserstein2
 from potstill.families.lvae import LVAE
 from potstill.noise import FixedNoise, Noise
@@ -59,8 +59,7 @@ def framework(case: Case) -> Callable[[int], None]:
         with engine.autocast():
             loss = total(objective(Noise((0,)).fold(i).at(range(batch)), None, batch)).mean()
         backward(engine, loss)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        descend(engine, optimizer)
 
     return step
 

@@ -72,6 +72,13 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE", help="allow code of this module")
     compare = commands.add_parser("compare", help="the figures of several runs in one table")
     compare.add_argument("runs", metavar="RUN_DIR", nargs="+", type=Path, help="folder of a run, measured on the same held-out images")
+    push = commands.add_parser("push", help="put a finished student, or its surrogate, on the Hub or into a folder, with its card")
+    push.add_argument("run", metavar="RUN_DIR", type=Path, help="folder of a run")
+    push.add_argument("repo", metavar="USER/NAME", nargs="?", help="on the Hub; the token is the one that hf auth login has left")
+    push.add_argument("--folder", type=Path, help="a new folder to write to; without a name on the Hub nothing is sent")
+    push.add_argument("--surrogate", action="store_true", help="the surrogate's images, as a data set, in place of the student")
+    push.add_argument("--license", metavar="ID", help="such as apache-2.0; nobody but you knows what the teacher's allows")
+    push.add_argument("--public", action="store_true", help="if the repository is new; by default it is private")
     commands.add_parser("schema", help="print the recipe's JSON schema")
     commands.add_parser("zoo", help="list the models that come with potstill")
     doctor = commands.add_parser("doctor", help="what works here; what is damaged in a run's folder; what is wrong with a model")
@@ -191,6 +198,13 @@ def _compare(runs: Sequence[Path]) -> None:
     print(text_table(merged(runs)))
 
 
+def _push(arguments: argparse.Namespace) -> None:
+    from .publish import publish
+
+    what: Any = "surrogate" if arguments.surrogate else "student"
+    print(publish(arguments.run, arguments.repo, arguments.folder, what, arguments.license, not arguments.public))
+
+
 def _schema() -> None:
     from .config import Recipe
 
@@ -276,6 +290,8 @@ def _ended(words: Sequence[str], ranks: Ranks) -> tuple[int, str | None]:
                     _export(arguments)
                 case "compare":
                     _compare(arguments.runs)
+                case "push":
+                    _push(arguments)
                 case _:
                     _run(arguments, ranks)
             sys.stdout.flush()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, distributed, nn
 
 from ..config import Training
@@ -203,6 +204,13 @@ def backward(engine: Accelerator, loss: torch.Tensor) -> None:
         loss.backward()
     else:
         engine.backward(loss)
+
+
+def descend(engine: Accelerator, optimizer: AcceleratedOptimizer) -> None:
+    """As the optimizer's ``step`` and ``zero_grad``, which look for packages too, and at signatures: a quarter of a millisecond."""
+    own = optimizer if engine.scaler is not None else optimizer.optimizer
+    own.step()
+    own.zero_grad(set_to_none=True)
 
 
 def rows_of(batch: int, process: int, processes: int) -> range:
@@ -426,8 +434,7 @@ def _fit_phase(
         backward(engine, loss if processes == 1 else loss * share)
         if training.clip is not None:
             engine.clip_grad_norm_(phase.parameters, training.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        descend(engine, optimizer)
         done = step + 1
         if average:
             average.update(done)
