@@ -50,6 +50,7 @@ ORDER = [
     "worker",
     "pipeline",
     "export",
+    "publish",
     "compare",
     "cli",
     "__main__",
