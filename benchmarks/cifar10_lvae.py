@@ -18,6 +18,7 @@ import resource
 import shutil
 import statistics
 import sys
+import tempfile
 import time
 from itertools import product
 from pathlib import Path
@@ -30,6 +31,7 @@ from potstill import config, pipeline
 from potstill.data import floats
 from potstill.evaluate.arms import over_seeds, quality, samples
 from potstill.evaluate.cost import latency, parameters
+from potstill.export import export
 from potstill.families.lvae import LVAE
 from potstill.noise import Noise
 from potstill.progress import Board
@@ -115,18 +117,27 @@ def plain(arm: str) -> str:
 
 
 def published_latency() -> list[dict[str, Any]]:
-    """How long the published networks take to generate, whatever their weights: one row a width, in turn, the median of three."""
+    """How long the published networks take to generate, whatever their weights: one row a width, in turn, the median of three.
+
+    Beside torch, each as ``potstill export`` writes it, in onnxruntime: what of the time is torch's own is left out there.
+    """
     found: dict[tuple[int, int], list[float]] = {}
     for width in PUBLISHED * 3:
         model = LVAE((3, 32, 32), width, std=0.1).eval().model()
         for batch in (1, 64):
             taken = latency(lambda n, model=model: model.sample(n, Noise((0,))), batch, device="cpu", repeats=20, warmup=3)
             found.setdefault((width, batch), []).append(taken.median_ms)
-    return [
-        {"width": width, "params": parameters(LVAE((3, 32, 32), width))}
-        | {f"published_latency_ms_b{batch}": statistics.median(found[width, batch]) for batch in (1, 64)}
-        for width in PUBLISHED
-    ]
+    rows: list[dict[str, Any]] = []
+    for width in PUBLISHED:
+        net = LVAE((3, 32, 32), width, std=0.1)
+        with tempfile.TemporaryDirectory() as folder:
+            net.save_pretrained(f"{folder}/model")
+            exported = export(f"{folder}/model", "onnx", Path(folder) / "onnx")["table"][1]
+        rows.append({"width": width, "params": parameters(net)})
+        for batch in (1, 64):
+            rows[-1][f"published_latency_ms_b{batch}"] = statistics.median(found[width, batch])
+            rows[-1][f"published_onnx_latency_ms_b{batch}"] = exported[f"latency_ms_b{batch}"]
+    return rows
 
 
 def main() -> None:
@@ -161,10 +172,9 @@ def main() -> None:
     rows = published_latency()
     dearest = rows[0]
     figures: dict[str, float] = {
-        f"published_faster_at_batch_{batch}_w{row['width']}": dearest[f"published_latency_ms_b{batch}"]
-        / row[f"published_latency_ms_b{batch}"]
-        for row in rows[1:]
-        for batch in (1, 64)
+        f"published_{how}faster_at_batch_{batch}_w{row['width']}": dearest[f"published_{how}latency_ms_b{batch}"]
+        / row[f"published_{how}latency_ms_b{batch}"]
+        for how, row, batch in product(("", "onnx_"), rows[1:], (1, 64))
     }
     if (accuracy := features.parent / "train" / "held_out.json").exists():
         figures["feature_classifier_accuracy"] = read_json(accuracy)["accuracy"]
