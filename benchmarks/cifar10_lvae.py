@@ -181,12 +181,14 @@ def main() -> None:
     with_data: dict[int, dict[str, Any]] = {}
     del whole["train"]
     widths = tuple(arguments.widths or WIDTHS[arguments.size])
-    for width, kind in product(widths, ("", "-calibrated", "-longest")):
+    # The longest arm is of the widest student alone: a smaller one has not what it takes to reconstruct.
+    for width, kind in [*product(widths, ("", "-calibrated")), (max(widths), "-longest")]:
         folder, calibrated = runs / f"width-{width}{kind}", kind != ""
-        first = folder.with_name(folder.name.replace(str(width), str(widths[0])))
+        first = runs / f"width-{widths[0]}{'-calibrated' if calibrated else ''}"
         # What is of the teacher alone is the same for every student.
-        if width != widths[0] and not folder.exists():
-            for made in ("surrogates", "synthesize", *(("calibrate", "calibrated") if calibrated else ())):
+        if folder != first and not folder.exists():
+            same = () if kind == "-longest" else ("surrogates", "synthesize")
+            for made in (*same, *(("calibrate", "calibrated") if calibrated else ())):
                 shutil.copytree(first / made, folder / made)
             (folder / "state").mkdir()
             (folder / "state" / "run.lock").touch()
@@ -194,9 +196,9 @@ def main() -> None:
         chosen = whole | {"teacher": teacher, "student": {"width": width}}
         described = [(arm, config.Arm.model_validate(arm)) for arm in whole["arms"]]
         chosen["arms"] = [arm for arm, about in described if folder_of(about) == kind and (width == widths[0] or about.title in MAIN)]
-        if calibrated:
-            chosen["surrogates"] = {arm["surrogate"]: whole["surrogates"][arm["surrogate"]] for arm in chosen["arms"]}
-        else:
+        used = {name for _, about in described if folder_of(about) == kind for name in about.surrogate or ()}
+        chosen["surrogates"] = {name: section for name, section in whole["surrogates"].items() if name in used}
+        if not calibrated:
             del chosen["calibrate"]
         recipe = config.check(chosen)
         pipeline.execute(recipe, folder)
