@@ -26,7 +26,6 @@ images = student.sample(16, potstill.Noise((0,)))  # in [0, 1]"""
 
 What = Literal["student", "surrogate"]
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
-_TASKS = {"classifier": "image-classification", "resnet": "image-classification"}
 _INHERITED = (
     "A student carries its teacher's biases, and may carry parts of the data that its teacher memorized: that no data were read when it "
     "was made does not mean that nothing of them can be told from it."
@@ -106,12 +105,16 @@ def _student(run: Path, recipe: config.Recipe, license: str | None, place: Path)
         if not (run / name / "model.safetensors").is_file():
             raise BadInput(f"{run}: no {name} in it; run the distill stage first")
     metrics = read_json(run / "metrics.json") if (run / "metrics.json").is_file() else None
+    try:
+        whole = model_card(recipe, folders, metrics, license)
+    except (KeyError, TypeError, AttributeError):
+        raise BadInput(f"{run / 'metrics.json'}: not what potstill wrote there") from None
     for name, job in folders.items():
         own = place / Path(name).relative_to("student")
         shutil.copytree(run / name, own, dirs_exist_ok=True, ignore=shutil.ignore_patterns("README.md", ".*"))
         if own != place:
             (own / "README.md").write_text(str(model_card(recipe, {name: job}, metrics, license)), encoding="utf-8")
-    (place / "README.md").write_text(str(model_card(recipe, folders, metrics, license)), encoding="utf-8")
+    (place / "README.md").write_text(str(whole), encoding="utf-8")
 
 
 def model_card(recipe: config.Recipe, jobs: dict[str, Job], metrics: dict[str, Any] | None, license: str | None) -> ModelCard:
@@ -132,7 +135,7 @@ def model_card(recipe: config.Recipe, jobs: dict[str, Job], metrics: dict[str, A
         base_model=base,
         tags=["potstill", "distillation", "data-free" if not any(job.arm.real for job in jobs.values()) else "distilled"],
         model_name=recipe.name,
-        eval_results=[result for job in jobs.values() for result in _results(recipe, job, metrics)] or None,
+        eval_results=[result for job in jobs.values() for result in _results(job, metrics)] or None,
     )
     how = [f"- `{name}`: arm `{job.title}`, seed {job.seed}; {_counted(updates(recipe, job.arm))}" for name, job in jobs.items()]
     read = any(job.arm.real for job in jobs.values())
@@ -155,35 +158,35 @@ def _figures(metrics: dict[str, Any] | None) -> Iterator[str]:
         yield "## Figures\n\nNone: it was not evaluated."
         return
     reference = metrics["reference"]
-    data, features = (_last(str(reference[key])) for key in ("data", "features"))
+    features = f" Distances are on the features `{_last(reference['features'])}`, and are no FID." if reference["features"] else ""
     yield (
-        f"## Figures\n\n{verdict(metrics)}\n\nAgainst {reference['n']} images of {data}, mean and standard deviation over seeds "
-        f"{', '.join(map(str, metrics['seeds']))}. Distances are on the features `{features}`, and are no FID.\n\n"
-        f"```text\n{text_table(metrics)}\n```"
+        f"## Figures\n\n{verdict(metrics)}\n\nAgainst {reference['n']} images of {_last(reference['data'])}, mean and standard deviation "
+        f"over seeds {', '.join(map(str, metrics['seeds']))}.{features}\n\n```text\n{text_table(metrics)}\n```"
     )
 
 
-def _results(recipe: config.Recipe, job: Job, metrics: dict[str, Any] | None) -> Iterator[EvalResult]:
+def _results(job: Job, metrics: dict[str, Any] | None) -> Iterator[EvalResult]:
     """The figures of a student's arm, as the Hub's model-index has them."""
     if metrics is None:
         return
     calibrated = f"{job.title}+calibrated"
     row = calibrated if calibrated in metrics["arms"] else job.title
     arm = next((a for a in arms_of(metrics) if a.key == row), None)
+    if arm is None:
+        return
     reference = metrics["reference"]
-    kind = recipe.teacher.kind if recipe.teacher else ""
-    for metric in metrics_in(metrics, cost=False):
-        if arm is not None and metric.key in arm.values:
-            value = arm.values[metric.key]
-            yield EvalResult(
-                task_type=_TASKS.get(kind, "unconditional-image-generation"),
-                dataset_type=_last(str(reference["data"])),
-                dataset_name=f"{_last(str(reference['data']))}, {reference['n']} images",
-                metric_type=metric.key,
-                metric_name=f"{metric.label} (features: {_last(str(reference['features']))})",
-                metric_value=value.mean,
-                metric_config=f"{format_value(value, metric.key)} over {len(metrics['seeds'])} seeds",
-            )
+    data, features = _last(reference["data"]), f" (features: {_last(reference['features'])})" if reference["features"] else ""
+    for metric in (metric for metric in metrics_in(metrics, cost=False) if metric.key in arm.values):
+        value = arm.values[metric.key]
+        yield EvalResult(
+            task_type="image-classification" if "accuracy" in arm.values else "unconditional-image-generation",
+            dataset_type=data,
+            dataset_name=f"{data}, {reference['n']} images",
+            metric_type=metric.key,
+            metric_name=f"{metric.label}{features}",
+            metric_value=value.mean,
+            metric_config=f"{format_value(value, metric.key)} over {len(metrics['seeds'])} seeds",
+        )
 
 
 # ------------------------------------------------------------------ a surrogate
