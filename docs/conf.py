@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -60,7 +61,7 @@ def _kind(schema: dict[str, Any]) -> str:
         return " or ".join(dict.fromkeys(_kind(part) for part in union))
     if schema.get("type") == "array":
         return f"list of {_kind(schema['items'])}" if isinstance(schema.get("items"), dict) else "list"
-    bounds = [f"{word} {schema[key]:g}" for key, word in _BOUNDS.items() if key in schema]
+    bounds = [f"{word} {schema[key]:g}" for key, word in _BOUNDS.items() if abs(schema.get(key, 2**31)) < 2**16]
     return " ".join([str(schema.get("type", "anything")).replace("null", "nothing"), *bounds])
 
 
@@ -71,12 +72,18 @@ def _cell(text: object) -> str:
     return re.sub(r"\s+", " ", str(text)).replace("|", "\\|")
 
 
+def _default(value: dict[str, Any]) -> str:
+    """What stands where a key is left out; a section's own keys have theirs."""
+    found = value.get("default")
+    parts = found if isinstance(found, list) else [found]
+    return "" if found in (None, [], {}, "") or any(isinstance(part, dict) for part in parts) else f"`{json.dumps(found)}`"
+
+
 def _section(name: str, schema: dict[str, Any]) -> str:
-    lines = [f"## {name}", "", schema.get("description", "").strip(), "", "| key | value | by default | |", "|---|---|---|---|"]
-    required = schema.get("required", [])
+    lines = [f"## {name}", "", schema.get("description", "").strip(), "", "| key | | value | by default |", "|---|---|---|---|"]
     for key, value in schema.get("properties", {}).items():
-        default = "" if key in required else f"`{value['default']}`" if value.get("default") not in (None, [], "") else "–"
-        lines.append(f"| `{key}` | {_cell(_kind(value))} | {_cell(default)} | {_cell(value.get('description', ''))} |")
+        default = "*has to be given*" if key in schema.get("required", []) else _default(value)
+        lines.append(f"| `{key}` | {_cell(value.get('description', ''))} | {_cell(_kind(value))} | {_cell(default)} |")
     return "\n".join(lines)
 
 

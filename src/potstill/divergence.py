@@ -66,7 +66,7 @@ def reverse_kl(p: Distribution, q: Distribution) -> Tensor:
 
 
 def wasserstein2(p: Normal, q: Normal) -> Tensor:
-    """Squared 2-Wasserstein distance between diagonal Gaussians: |difference of means|^2 + |difference of stds|^2."""
+    """Squared 2-Wasserstein distance between diagonal Gaussians: squared difference of the means plus that of the stds, summed."""
     return per_sample((p.loc - q.loc) ** 2 + (p.scale - q.scale) ** 2)
 
 

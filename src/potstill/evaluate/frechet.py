@@ -13,7 +13,7 @@ from potstill.evaluate._arrays import Array, checked_pair
 def frechet(x: Any, y: Any) -> float:
     """Squared Fréchet distance between Gaussians fitted to `x` (n, d) and `y` (m, d): 0 for equal moments, no upper bound.
 
-        |mean_x - mean_y|² + tr(A) + tr(B) - 2 tr((A B)^(1/2)),    A, B the unbiased covariances
+        ‖mean_x - mean_y‖² + tr(A) + tr(B) - 2 tr((A B)^(1/2)),    A, B the unbiased covariances
 
     in squared units of the features, computed in float64. This is the standard figure; some publications report its square root.
     On Inception features it is the FID of Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash

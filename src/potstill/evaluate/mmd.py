@@ -15,9 +15,9 @@ def mmd(x: Any, y: Any) -> float:
 
     The square root of the biased V-statistic (Gretton et al., "A Kernel Two-Sample Test", JMLR 2012, equation 5),
 
-        mean k(x_i, x_j) + mean k(y_i, y_j) - 2 mean k(x_i, y_j),    k(a, b) = exp(-|a - b|² / (2 s)),
+        mean k(x_i, x_j) + mean k(y_i, y_j) - 2 mean k(x_i, y_j),    k(a, b) = exp(-‖a - b‖² / (2 s)),
 
-    means over all pairs, i = j included. The width s is the mean of all |x_i - x_j|², i = j included, so x is the reference and
+    means over all pairs, i = j included. The width s is the mean of all ‖x_i - x_j‖², i = j included, so x is the reference and
     `mmd(x, y)` differs from `mmd(y, x)`. It is biased upward: two samples of one distribution are not 0 apart.
     Computed in float64 in blocks of rows, whose number changes nothing.
 
@@ -31,7 +31,7 @@ def mmd_of(sets: Comparison) -> float:
     """`mmd` of sets whose distances are at hand."""
     if (sets.x == sets.x[0]).all():
         raise ValueError(f"x: found {len(sets.x)} equal rows, expected rows that differ: their mean distance is the width of the kernel")
-    # The mean of |x_i - x_j|² over all pairs is twice the mean of |x_i - mean|², which needs no pass over the pairs.
+    # The mean of ‖x_i - x_j‖² over all pairs is twice the mean of ‖x_i - mean‖², which needs no pass over the pairs.
     width = 2 * float(numpy.square(sets.x - sets.x.mean(axis=0)).sum(axis=1).mean())
     squared = _kernel_mean(sets.xx, width) + _kernel_mean(sets.yy, width) - 2 * _kernel_mean(sets.xy, width)
     return math.sqrt(max(squared, 0.0))
