@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from potstill import config
 from potstill.errors import RecipeError
-from potstill.jobs import updates
+from potstill.jobs import Job, jobs, updates
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = [*sorted((ROOT / "recipes").glob("*.yaml")), ROOT / "src" / "potstill" / "demo.yaml"]
@@ -390,6 +390,7 @@ def test_overrides_reach_everything(tmp_path):
 def test_an_arm_has_updates_of_its_own(tmp_path, arm, expected):
     recipe = read(tmp_path, FULL, f"arms=[{arm}]", "distill.generate.steps=1000", "distill.infer={steps: 5}")
     assert updates(recipe, recipe.arms[0]) == expected
+    assert {job: job.seed for job in jobs(recipe)} == {Job(recipe.arms[0], seed): seed for seed in recipe.seeds}
 
 
 def test_updates_of_a_phase_that_an_arm_does_not_have_are_refused(tmp_path):

@@ -254,7 +254,7 @@ class Workshop:
 class Job:
     """A student of one arm and one seed, and one width where the recipe has students of several."""
 
-    arm: config.Arm
+    arm: config.Arm = field(hash=False)  # which may hold a mapping
     seed: int
     width: int | None = None
 
