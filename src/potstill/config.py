@@ -892,6 +892,11 @@ class Evaluate(Section):
         description="what is measured against: held-out real images, or, without any data, fresh samples of the teacher; images of the "
         "first surrogate where it generates none",
     )
+    privacy: bool = Field(
+        default=False,
+        description="look for copies of training images: how near to one the images of each arm and surrogate are, beside how near "
+        "held-out images are; needs data, split as it was for the teacher",
+    )
     n: Annotated[int, Field(ge=8), _NUMERIC] | None = Field(
         default=None, description=f"images on each side; by default all held-out real ones, or {TEACHER_IMAGES:,} of the teacher"
     )
@@ -912,13 +917,14 @@ class Evaluate(Section):
     @property
     def reads_data(self) -> bool:
         """Whether real images are looked at."""
-        return self.reference == "data"
+        return self.reference == "data" or self.privacy
 
     @model_serializer(mode="wrap")
     def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without a reference that is the usual one: what is hashed of a recipe stays what it was before there was another."""
+        """Without what is left at its default: what is hashed of a recipe stays what it was before there were these keys."""
         whole: dict[str, Any] = dump(self)
-        return {k: v for k, v in whole.items() if k != "reference" or v != "data"}
+        usual = {"reference": "data", "privacy": False}
+        return {k: v for k, v in whole.items() if k not in usual or v != usual[k]}
 
 
 class Report(Section):
@@ -1086,7 +1092,9 @@ class Recipe(Section):
             problems.append("arms: with_data, scratch and continual need data")
         if self.evaluate and not self.distill:
             problems.append("evaluate: needs distill")
-        if self.evaluate and self.evaluate.reads_data and not self.data:
+        if self.evaluate and self.evaluate.privacy and not self.data:
+            problems.append("evaluate.privacy: needs data, whose training images it looks for")
+        elif self.evaluate and self.evaluate.reads_data and not self.data:
             problems.append("evaluate: needs data to compare with; reference: teacher does without, and measures against its samples")
         if self.report and not self.evaluate:
             problems.append("report: needs evaluate")

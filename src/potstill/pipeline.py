@@ -44,6 +44,7 @@ from .evaluate.arms import (
 from .evaluate.cost import file_mib, needed, parameters, size_mib
 from .evaluate.features import pixels
 from .evaluate.frechet import frechet
+from .evaluate.memorization import Memorization, Neighbors, nearest
 from .evaluate.reference import Reference, of_data, of_teacher
 from .evaluate.sketch import Sketch
 from .families.chain import DenoisingLoss
@@ -784,6 +785,8 @@ class Run:
         pictures: dict[str, Any] = dict.fromkeys(("input",) if by_teacher else ("real", "input"), sketch(test, shown))
         counts: dict[str, dict[str, float]] = {}
         drawn: torch.Tensor | None = None
+        memorization = self._memorization(section)
+        neighbors: dict[str, list[Neighbors]] = {}  # of each row's images, by seed
         total, done = len(recipe.seeds) * len(rows), 0
         for seed in recipe.seeds:
             noise = Noise((recipe.seed, seed, "evaluate"))
@@ -802,6 +805,8 @@ class Run:
                 if generates and model.generate is not None:
                     generated = samples(model, n, noise, section.batch)
                     figures |= measured(generated, name if job is None else job.name)
+                    if memorization:
+                        neighbors.setdefault(name, []).append(memorization.neighbors(generated))
                     if groups and real is not None:
                         figures |= {f"share/{k}": v for k, v in shares(features(generated), real, groups).items()}
                     if job is None:
@@ -844,6 +849,8 @@ class Run:
         for i, folder in enumerate(made):
             surrogates[folder], arrays = self._of_surrogate(folder, sketch, real, drawn, 2 * shown)
             pictures |= arrays
+            if memorization:
+                neighbors[folder] = [memorization.neighbors(floats(shop.surrogate(folder)[:n]))]
             self.board.update("evaluate", i + 1, len(made), folder)
         environment = describe(shop.device) | {"threads": torch.get_num_threads(), "latency_threads": section.latency_threads}
         metrics = {
@@ -863,10 +870,19 @@ class Run:
             | {name: {"label": name} | self._about(arm) for name, arm in arms.items()}
             | self._about_mapped(arms),
             "surrogates": surrogates,
+            **({"privacy": _privacy(memorization, neighbors)} if memorization else {}),
             "seeds": list(recipe.seeds),
             "environment": environment,
         }
         return metrics, pictures
+
+    def _memorization(self, section: config.Evaluate) -> Memorization | None:
+        if not section.privacy:
+            return None
+        try:
+            return Memorization.of(self.shop.real.train.images, self.shop.real.test.images[: section.n])
+        except ValueError as error:
+            raise BadInput(f"evaluate.privacy: {error}") from None
 
     def _agreement(self, student: Model, outputs: torch.Tensor, seen: torch.Tensor, noise: Noise) -> dict[str, float]:
         """How much a student that infers is like its teacher on the reference images, given the reconstructions of both."""
@@ -1005,22 +1021,16 @@ def _check_labels(split: Split, classes: int, whose: str) -> None:
         raise BadInput(f"data: label {split.labels.max()}, but {whose} {classes}")
 
 
-def _parts(images: Any, size: int = 256) -> Iterator[Any]:
-    for i in range(0, len(images), size):
-        yield images[i : i + size]
-
-
 def _nearest(images: Kept, real: Kept, sketch: Sketch) -> dict[str, Any]:
     """The real image nearest to each surrogate image, by Euclidean distance of pixels in [0, 1], or of other values."""
-    a = floats(images).flatten(1).double()
-    found, distances = [], []
-    for row in a:
-        every = torch.cat([(floats(p).flatten(1).double() - row).norm(dim=1) for p in _parts(real, 8192)])
-        distance, index = every.min(0)
-        found.append(real[int(index)])
-        distances.append(float(distance))
-    shown = [sketch(floats(part), len(images)) for part in (images, np.stack(found))]
-    return {"surrogate": shown[0], "nearest": shown[1], "nearest_distance": np.array(distances)}
+    distances, places = nearest(floats(images), real)
+    shown = [sketch(floats(part), len(images)) for part in (images, real[places])]
+    return {"surrogate": shown[0], "nearest": shown[1], "nearest_distance": distances}
+
+
+def _privacy(test: Memorization, neighbors: dict[str, list[Neighbors]]) -> dict[str, Any]:
+    """The section of metrics.json: what is expected, and the figures of each arm's images, of all its seeds, and of each surrogate's."""
+    return test.about() | {"sets": {name: test.figures(Neighbors.joined(found)) for name, found in neighbors.items()}}
 
 
 def _spread(rows: list[dict[str, float]]) -> dict[str, Any]:

@@ -359,6 +359,8 @@ def _render(run: Path) -> str:
     dots, floor_at = _dots(arms, compared, floor.get(compared.key))
     updates = {arm.updates for arm in arms if arm.kind != "teacher" and arm.updates is not None}
     by_teacher = tables.by_teacher(metrics)
+    privacy = metrics.get("privacy")
+    privacy = privacy if isinstance(privacy, Mapping) else {}
     seen = "The reference images" if by_teacher else "Real test images"
     seeds = metrics.get("seeds")
     exports = _exports(run)
@@ -406,6 +408,9 @@ def _render(run: Path) -> str:
         surrogates=_surrogates(run, metrics, pictures),
         surrogate_rows=tables.surrogates_of(metrics),
         surrogate_columns=tables.surrogate_metrics(tables.surrogates_of(metrics)),
+        privacy=privacy,
+        private_rows=tables.privacy_of(metrics)[0],
+        private_columns=tables.privacy_of(metrics)[1],
         sets={who: kind for who, kind in _SETS.items() if who != "real" or not by_teacher},
         panels=_training(run, arms),
         recipe=recipe,

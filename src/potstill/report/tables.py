@@ -12,19 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 __all__ = ["ARM_LABELS", "DASH", "METRICS", "Arm", "Metric", "Value", "arms_of", "compared_metric", "features_of", "floor_of"]
-__all__ += [
-    "BLIND",
-    "SURROGATE",
-    "by_teacher",
-    "floor_name",
-    "format_value",
-    "metric_of",
-    "metrics_in",
-    "ratio",
-    "subject_of",
-    "surrogate_label",
-    "surrogate_metrics",
-]
+__all__ += ["SURROGATE", "format_value", "metric_of", "metrics_in", "ratio", "subject_of", "surrogate_label", "surrogate_metrics"]
+__all__ += ["BLIND", "by_teacher", "floor_name", "privacy_of"]
 __all__ += ["export_metrics", "exports_of", "surrogates_of", "text_table", "verdict"]
 
 DASH = "–"
@@ -96,7 +85,6 @@ METRICS: tuple[Metric, ...] = (
         "Reconstruction agreement, MSE",
         "lower",
         "mean squared difference to the teacher's reconstructions",
-        "to its",
     ),
     Metric(
         "posterior_agreement", "Posterior agreement, KL", "lower", "of the teacher's inferred latents from the student's, nats per image"
@@ -246,6 +234,29 @@ def exports_of(exports: Mapping[str, object]) -> list[Arm]:
 def export_metrics(rows: Sequence[Arm]) -> list[Metric]:
     """The columns of the table of exports: those that one of them has."""
     return [metric for key, metric in _EXPORTED.items() if any(key in row.values for row in rows)]
+
+
+_PRIVACY = (
+    Metric("images", "Images"),
+    Metric("near", "Near", note="share of images nearer to a training image than the nearest hundredth of held-out images"),
+    Metric("near_p_value", "Near, p-value", note="how likely as many near ones are if a model's images are as far away as held-out images"),
+    Metric("median_ratio", "Median distance", note="to the nearest training image, in units of that of held-out images"),
+    Metric("train_nearest", "Nearest", note="share of images whose nearest real image is a training image, not a held-out one"),
+    Metric(
+        "train_nearest_p_value", "Nearest, p-value", note="how likely as many training images are nearest if the model knows no difference"
+    ),
+)
+
+
+def privacy_of(metrics: Mapping[str, Any]) -> tuple[list[Arm], list[Metric]]:
+    """Rows and columns of the table of copied training images, what is expected without copies last; both empty without that section."""
+    found = _mapping(metrics.get("privacy"))
+    sets = _mapping(found.get("sets"))
+    rows = [replace(row, values=_values(sets[row.key])) for row in (*arms_of(metrics), *surrogates_of(metrics)) if row.key in sets]
+    if not rows:
+        return [], []
+    expected = {"near": found.get("near_expected"), "median_ratio": 1.0, "train_nearest": found.get("train_nearest_expected")}
+    return [*rows, Arm("", "Expected without copies", "", None, "", _values(expected))], [*_PRIVACY]
 
 
 def _words(key: str) -> str:
