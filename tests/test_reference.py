@@ -81,12 +81,12 @@ def test_agreement_of_reconstructions_is_of_the_two_on_the_same_images_and_noise
 def test_the_page_the_table_and_the_verdict_say_what_cannot_be_known(done):
     page, found = (done.out / "report.html").read_text("utf-8"), metrics_of(done)
     assert "No real data was measured against." in page
-    assert "Floor: teacher against teacher" in page
+    assert "Floor: teacher to teacher" in page
     assert "Reconstruction agreement, MSE" in page
     assert "eal test images" not in page
     assert "real images" not in page
     assert BLIND in text_table(found)
-    assert "Floor (teacher against teacher)" in text_table(found)
+    assert "Floor (teacher to teacher)" in text_table(found)
     said = verdict(found)
     assert said.startswith("The data-free student")
     assert "not real data" in said

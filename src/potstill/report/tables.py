@@ -275,7 +275,7 @@ def by_teacher(metrics: Mapping[str, Any]) -> bool:
 
 def floor_name(metrics: Mapping[str, Any]) -> str:
     """What is compared with what in the floor."""
-    return "teacher against teacher" if by_teacher(metrics) else "real against real"
+    return "teacher to teacher" if by_teacher(metrics) else "real against real"
 
 
 def features_of(metrics: Mapping[str, Any]) -> str:
@@ -461,7 +461,7 @@ def verdict(metrics: Mapping[str, Any]) -> str:
 
 
 def _origin(metrics: Mapping[str, Any]) -> str:
-    return str(_mapping(metrics.get("reference")).get("data") or "the teacher's own making")
+    return _printable(str(_mapping(metrics.get("reference")).get("data") or "the teacher's own making"))
 
 
 def _printable(text: str) -> str:
@@ -528,7 +528,7 @@ def text_table(metrics: Mapping[str, Any]) -> str:
         notes.append(f"features: {_printable(features)}")
     lines.append(_cut("; ".join(notes), _WIDTH))
     if by_teacher(metrics):
-        lines += [_cut(f"reference: images of {_printable(_origin(metrics))}, no real data;", _WIDTH), BLIND]
+        lines += [_cut(f"reference: images of {_origin(metrics)}, no real data;", _WIDTH), BLIND]
     for row in surrogates_of(metrics):
         figures = [f"{metric.short} {format_value(row.values[metric.key])}" for metric in _SURROGATE_METRICS if metric.key in row.values]
         lines.append(_cut(_printable(f"{row.key}: {', '.join([row.note, *figures])}"), _WIDTH))
