@@ -149,7 +149,7 @@ def test_a_classifier_is_measured_by_the_labels_of_its_teacher(place):
     share = (labels[0] == labels[1]).float().mean().item()
     assert found["arms"]["student_data_free"]["label_agreement"]["mean"] == pytest.approx(share)
     assert found["compared"] == "label_agreement"
-    assert found["reference"]["data"] == "the surrogate, on which students may have learned"
+    assert found["reference"]["data"] == "the surrogate (students may have learned on it)"
     assert "accuracy" not in found["arms"]["student_data_free"]
     assert "Classification timed" in (place.out / "report.html").read_text("utf-8")
     assert "Label agreement" in verdict(found)

@@ -142,7 +142,7 @@ class Run:
         if shop.teacher.generate is not None:
             return of_teacher(shop.teacher, n, Noise((self.recipe.seed, "reference")), section.batch)
         folder = next(iter(self.recipe.synthesized))
-        return Reference("teacher", f"the {folder}, on which students may have learned", floats(shop.surrogate(folder)[:n]))
+        return Reference("teacher", f"the {folder} (students may have learned on it)", floats(shop.surrogate(folder)[:n]))
 
     def _reference_images(self, teacher: Model) -> int:
         """How many images models are measured against.
