@@ -276,7 +276,13 @@ NETWORK = "train: {model: {kind: vae, image: [1, 8, 8]}}"
             "distill: {infer: null}\nteacher: {kind: pretrained, path: x}\nstudent: {width: 1}\narms: [scratch]",
             ["arms: with_data, scratch and continual need data"],
         ),
-        ("evaluate: {}", ["evaluate: needs distill", "evaluate: needs data to compare with"]),
+        (
+            "evaluate: {}",
+            [
+                "evaluate: needs distill",
+                "evaluate: needs data to compare with; reference: teacher does without, and measures against its samples",
+            ],
+        ),
         ("report: {}", ["report: needs evaluate"]),
     ],
 )

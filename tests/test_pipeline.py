@@ -96,7 +96,7 @@ def test_every_file_has_its_place(finished):
 def test_metrics_have_the_promised_shape(finished):
     metrics = json.loads((finished / "metrics.json").read_text())
     assert metrics["format"] == "potstill-metrics/1"
-    assert metrics["reference"] | {"floor": 0} == {"data": "digits (seed 0)", "n": 64, "features": "pixels", "floor": 0}
+    assert metrics["reference"] | {"floor": 0} == {"kind": "data", "data": "digits (seed 0)", "n": 64, "features": "pixels", "floor": 0}
     assert set(metrics["reference"]["floor"]) == QUALITY
     assert metrics["seeds"] == [0, 1]
     assert set(metrics["arms"]) == set(metrics["arms_info"]) == {"teacher", *(f"student_{arm}" for arm in ARMS)}

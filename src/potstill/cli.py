@@ -27,7 +27,7 @@ STAGES = {
     "calibrate": "find the noise that the data would have behind it, by what the teacher's layers remember",
     "synthesize": "make the surrogate data set from the teacher",
     "distill": "train the students of every arm and seed",
-    "evaluate": "measure the teacher and every student against held-out real images",
+    "evaluate": "measure the teacher and every student against held-out real images, or fresh ones of the teacher",
     "report": "write report.html",
 }
 DEMO = Path(__file__).parent / "demo.yaml"

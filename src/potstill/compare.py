@@ -10,6 +10,15 @@ from .errors import BadInput
 from .report.tables import arms_of
 from .state import read_json
 
+# What the references of runs must have in common: in words, and what those are that do not say.
+_SHARED: dict[str, tuple[str, Any]] = {
+    "kind": ("reference", "data"),
+    "data": ("data", None),
+    "n": ("number of held-out images", None),
+    "features": ("features", None),
+    "images": ("teacher's images", None),
+}
+
 
 def merged(folders: Sequence[Path]) -> dict[str, Any]:
     """The metrics of several runs as if they were of one, each arm named with its run.
@@ -28,10 +37,10 @@ def merged(folders: Sequence[Path]) -> dict[str, Any]:
         if not isinstance(reference, dict):
             raise BadInput(f"{folder / 'metrics.json'}: not what potstill wrote there")
         first = whole.setdefault("reference", reference)
-        for key, what in (("data", "data"), ("n", "number of held-out images"), ("features", "features")):
-            if reference.get(key) != first.get(key):
+        for key, (what, usual) in _SHARED.items():
+            if (own := reference.get(key, usual)) != (others := first.get(key, usual)):
                 raise BadInput(
-                    f"{folder}: its {what}, {reference.get(key)}, differ from {first.get(key)} of {folders[0]}; figures measured against "
+                    f"{folder}: its {what}, {own}, differ from {others} of {folders[0]}; figures measured against "
                     "other images or features cannot be compared"
                 )
         for arm in arms_of(metrics):

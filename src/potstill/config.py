@@ -35,6 +35,7 @@ MAX_RECIPE_BYTES = 1 << 20
 MAX_RECIPE_DEPTH = 32
 MAX_RECIPE_VALUES = 10_000  # PyYAML reads that many in a second or two
 MAX_PROBLEMS = 100  # that are told at once
+TEACHER_IMAGES = 1024  # that models are measured against where there is no data; Fréchet distances of fewer are mostly bias
 
 
 class Section(BaseModel):
@@ -886,8 +887,18 @@ class Evaluate(Section):
         description="pixels, standardized (each channel by the training data's mean and standard deviation, for data that are no "
         "pictures), classifier:PATH (a folder or zoo:NAME), or python:module:name",
     )
+    reference: Literal["data", "teacher"] = Field(
+        default="data",
+        description="what is measured against: held-out real images, or, without any data, fresh samples of the teacher; images of the "
+        "first surrogate where it generates none",
+    )
+    privacy: bool = Field(
+        default=False,
+        description="look for copies of training images: how near to one the images of each arm and surrogate are, beside how near "
+        "held-out images are; needs data, split as it was for the teacher",
+    )
     n: Annotated[int, Field(ge=8), _NUMERIC] | None = Field(
-        default=None, description="images on each side; by default all held-out real ones"
+        default=None, description=f"images on each side; by default all held-out real ones, or {TEACHER_IMAGES:,} of the teacher"
     )
     batch: Count = 256
     k: Count = Field(default=5, description="neighbors of precision, recall, density and coverage")
@@ -896,6 +907,24 @@ class Evaluate(Section):
     )
     latency_threads: Count = 1
     latency_repeats: Annotated[int, Field(ge=3), _NUMERIC] = 50
+
+    @model_validator(mode="after")
+    def _labeled(self) -> Evaluate:
+        if self.groups and self.reference == "teacher":
+            raise ValueError("groups are of labels, which the images of reference: teacher do not have")
+        return self
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether real images are looked at."""
+        return self.reference == "data" or self.privacy
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what is left at its default: what is hashed of a recipe stays what it was before there were these keys."""
+        whole: dict[str, Any] = dump(self)
+        usual = {"reference": "data", "privacy": False}
+        return {k: v for k, v in whole.items() if k not in usual or v != usual[k]}
 
 
 class Report(Section):
@@ -1063,8 +1092,10 @@ class Recipe(Section):
             problems.append("arms: with_data, scratch and continual need data")
         if self.evaluate and not self.distill:
             problems.append("evaluate: needs distill")
-        if self.evaluate and not self.data:
-            problems.append("evaluate: needs data to compare with")
+        if self.evaluate and self.evaluate.privacy and not self.data:
+            problems.append("evaluate.privacy: needs data, whose training images it looks for")
+        elif self.evaluate and self.evaluate.reads_data and not self.data:
+            problems.append("evaluate: needs data to compare with; reference: teacher does without, and measures against its samples")
         if self.report and not self.evaluate:
             problems.append("report: needs evaluate")
         if problems:

@@ -596,7 +596,7 @@ def _frechet_change(
     """
     recipe, shop = source.recipe, source.shop
     n = _COMPARED
-    if recipe is not None and shop is not None and recipe.evaluate is not None and recipe.data is not None:
+    if recipe is not None and shop is not None and recipe.evaluate is not None and recipe.evaluate.reference == "data":
         section, real = recipe.evaluate, shop.real
         features = build.features(section.features, torch.device("cpu"), shop.allowed, section.batch, real.train.images)
         test = floats(real.test.images[: section.n])

@@ -23,16 +23,29 @@ import numpy as np
 import torch
 
 from . import __version__, build, config, inventory
-from .data import Dataset, Kept, Split, floats
+from .data import Kept, Split, floats
 from .distill import trackers
 from .distill.loop import accelerator, threads
 from .energy.statistics import FILE as ACTIVATIONS
 from .energy.view import Look
 from .errors import BadInput, BrokenFile, Failed, Refused, shown
-from .evaluate.arms import accuracy, cost, energies, over_seeds, quality, reconstructions, samples, shares
+from .evaluate.arms import (
+    accuracy,
+    cost,
+    energies,
+    labels_of,
+    over_seeds,
+    posterior_agreement,
+    quality,
+    reconstructions,
+    samples,
+    shares,
+)
 from .evaluate.cost import file_mib, needed, parameters, size_mib
 from .evaluate.features import pixels
 from .evaluate.frechet import frechet
+from .evaluate.memorization import Memorization, Neighbors, nearest
+from .evaluate.reference import Reference, of_data, of_teacher
 from .evaluate.sketch import Sketch
 from .families.chain import DenoisingLoss
 from .families.classifier import classes_of
@@ -108,7 +121,48 @@ class Run:
     @cached_property
     def features(self) -> build.FeatureSource:
         evaluate = self._section("evaluate")
-        return build.features(evaluate.features, self.shop.device, self.allowed, evaluate.batch, self.shop.real.train.images)
+        return build.features(evaluate.features, self.shop.device, self.allowed, evaluate.batch, self._standard(evaluate))
+
+    def _standard(self, section: config.Evaluate) -> Kept:
+        """Images that features are made for: of their shape, and, where features are standardized, with their statistics."""
+        if section.reference == "data":
+            return self.shop.real.train.images
+        images = self.shop.teacher.images
+        if section.features == "standardized" and not images.pixels:
+            return self.reference.images.numpy()
+        return np.zeros((1, *images.shape), np.uint8) if images.pixels else np.zeros((1, *images.shape), np.float32)
+
+    @cached_property
+    def reference(self) -> Reference:
+        """What every model is measured against."""
+        section, shop = self._section("evaluate"), self.shop
+        if section.reference == "data":
+            return of_data(shop.real, section.n)
+        n = self._reference_images(shop.teacher)
+        if shop.teacher.generate is not None:
+            return of_teacher(shop.teacher, n, Noise((self.recipe.seed, "reference")), section.batch)
+        folder = next(iter(self.recipe.synthesized))
+        return Reference("teacher", f"the {folder} (students may have learned on it)", floats(shop.surrogate(folder)[:n]))
+
+    def _reference_images(self, teacher: Model) -> int:
+        """How many images models are measured against.
+
+        Raises:
+            BadInput: there are not so many.
+        """
+        section, recipe = self._section("evaluate"), self.recipe
+        if section.reference == "data":
+            there, what = len(self.shop.real.test.images), "are held out"
+        elif teacher.generate is not None:
+            return int(section.n or config.TEACHER_IMAGES)
+        elif not recipe.synthesized:
+            raise BadInput("evaluate.reference: the teacher generates no images; add a surrogate, whose images it is then compared on")
+        else:
+            folder, first = next(iter(recipe.synthesized.items()))
+            there, what = first.n, f"are in the {folder}"
+        if section.n is not None and section.n > there:
+            raise BadInput(f"evaluate.n: {section.n} images, but {there} {what}; lower it, or leave it out to use all")
+        return int(section.n or (there if section.reference == "data" else min(there, config.TEACHER_IMAGES)))
 
     def _section(self, stage: str) -> Any:
         section = self.recipe.synthesized if stage == "synthesize" else getattr(self.recipe, _SECTION[stage])
@@ -153,7 +207,7 @@ class Run:
             if "evaluate" in stages:
                 if "distill" not in stages and not all(is_done(self.folder, job) for job in jobs(self.recipe)):
                     raise BadInput("evaluate: not every student is trained yet; run the distill stage first")
-                self._check_evaluate(classes)
+                self._check_evaluate(teacher, classes)
         if stages == ("report",) and not (self.folder / "metrics.json").exists():
             raise BadInput("report: nothing measured yet; run the evaluate stage first")
 
@@ -200,7 +254,8 @@ class Run:
             case "evaluate":
                 images = r.report.images if r.report else config.Report().images
                 own = {"calibrate": r.calibrate} if r.calibrate else {}
-                return {"evaluate": r.evaluate, "images": images, "data": r.data, "seed": r.seed, "teacher": r.teacher} | own
+                data = r.data if r.evaluate and r.evaluate.reads_data else None
+                return {"evaluate": r.evaluate, "images": images, "data": data, "seed": r.seed, "teacher": r.teacher} | own
             case _:
                 return {"report": r.report}
 
@@ -219,11 +274,16 @@ class Run:
         """Folders of the surrogates that are there."""
         return [f for f in self.recipe.synthesized if (self.folder / f / "manifest.json").exists()]
 
+    @property
+    def _is_trained(self) -> bool:
+        """Whether the teacher is there already."""
+        made = self._is_done("train") and (self.folder / "teacher" / "model.safetensors").exists()
+        return made or not isinstance(self.recipe.teacher, config.Trained)
+
     def _teacher_to_be(self, stages: tuple[str, ...]) -> Model:
         """The teacher, or one of the same shape with fresh weights where it is still to be trained."""
         recipe = self.recipe
-        trained = self._is_done("train") and (self.folder / "teacher" / "model.safetensors").exists()
-        if not isinstance(recipe.teacher, config.Trained) or "train" not in stages or trained:
+        if "train" not in stages or self._is_trained:
             return self.shop.teacher
         assert recipe.train is not None  # the recipe's own check
         section = recipe.train.model
@@ -276,22 +336,27 @@ class Run:
             raise BadInput("data: one training image; BatchNorm needs two")
 
     def _check_data(self, classes: int | None, shown: int) -> None:
+        evaluate = self.recipe.evaluate
+        if evaluate and not evaluate.reads_data and not self._data_needed:
+            return  # it is there for the stage train alone
         data, labels = self.shop.data, classes or shown
         if data is not None and labels and any(arm.kind == "scratch" for arm in self.recipe.arms):
             _check_labels(data.train, labels, "the teacher's labels are")
         if data is not None and self._data_needed and len(data.train.images) < 2:
             raise BadInput("data: one training image; BatchNorm needs two")
 
-    def _check_evaluate(self, classes: int | None) -> None:
-        section, test = self._section("evaluate"), self.shop.real.test.images
-        if classes is not None:
+    def _check_evaluate(self, teacher: Model, classes: int | None) -> None:
+        section = self._section("evaluate")
+        by_data = section.reference == "data"
+        if by_data and classes is not None:
             _check_labels(self.shop.real.test, classes, "the teacher's labels are")
-        if section.n is not None and section.n > len(test):
-            raise BadInput(f"evaluate.n: {section.n} images, but {len(test)} are held out; lower it, or leave it out to use all")
-        if (section.n or len(test)) <= section.k:
-            raise BadInput(f"evaluate.k: {section.k} neighbors, but {section.n or len(test)} held-out images")
-        self.features.of(floats(test[:2]))
-        self._groups(section, self.shop.real.test.labels)
+        if (n := self._reference_images(teacher)) <= section.k:
+            raise BadInput(f"evaluate.k: {section.k} neighbors, but {n} {'held-out' if by_data else 'reference'} images")
+        if by_data:
+            self.features.of(floats(self.shop.real.test.images[:2]))
+            self._groups(section, self.shop.real.test.labels)
+        elif self._is_trained and (teacher.images.pixels or section.features != "standardized"):  # statistics of images still to be drawn
+            self.features.of(Noise((0, "rehearsal")).uniform("x", (2, *teacher.images.shape)))
 
     @staticmethod
     def _groups(section: config.Evaluate, labels: Any) -> dict[str, Any]:
@@ -520,7 +585,7 @@ class Run:
         depends = self._reads("evaluate") | {
             "students": {job.name: sha256(student_folder(self.folder, job) / "model.safetensors") for job in jobs(recipe)},
             "weights": self.shop.teacher_digest,
-            "pixels": self.shop.pixels,
+            "pixels": self.shop.pixels if section.reads_data else None,
             "features": self.features.digest,
         }
         if recipe.calibrate:
@@ -557,9 +622,9 @@ class Run:
                     raise BadInput(f"report: {error}") from None
 
     def _memory_of_evaluate(self, section: config.Evaluate) -> int:
-        teacher, test, chain = self.shop.teacher, self.shop.real.test.images, chain_of(self.shop.teacher)
-        noise, n = Noise((self.recipe.seed, "memory")), section.n or len(test)
-        x = teacher.images.encode(floats(test[:2]).to(teacher.device))
+        teacher, chain = self.shop.teacher, chain_of(self.shop.teacher)
+        noise, n = Noise((self.recipe.seed, "memory")), self._reference_images(teacher)
+        x = teacher.images.encode(noise.uniform("x", (2, *teacher.images.shape), teacher.device))
         with needed() as held, torch.no_grad():
             if chain is not None:  # every link is like the first
                 traced(chain.link, x, noise=noise).out.dist  # noqa: B018
@@ -697,12 +762,13 @@ class Run:
 
     def _measure(self, section: config.Evaluate) -> tuple[dict[str, Any], dict[str, Any]]:
         recipe, shop, features = self.recipe, self.shop, self.features.features
-        data: Dataset = shop.real
-        test = floats(data.test.images[: section.n])
+        against, test = self.reference, self.reference.images
+        by_teacher = against.kind == "teacher"
         n, k, shown = len(test), section.k, recipe.report.images if recipe.report else config.Report().images
         generates = shop.teacher.generate is not None
         real = self.features.of(test) if generates else None
-        groups = self._groups(section, data.test.labels)
+        groups = self._groups(section, against.labels)
+        labels = labels_of(shop.teacher, test, section.batch) if by_teacher and shop.classes is not None else None
 
         def measured(images: torch.Tensor, who: str) -> dict[str, float]:
             if real is None:
@@ -716,16 +782,18 @@ class Run:
         rows: dict[str, list[dict[str, float]]] = {name: [] for name in self._rows(arms)}
         floor: list[dict[str, float]] = []
         sketch = Sketch(test, shop.teacher.images.pixels)
-        pictures: dict[str, Any] = dict.fromkeys(("real", "input"), sketch(test, shown))
+        pictures: dict[str, Any] = dict.fromkeys(("input",) if by_teacher else ("real", "input"), sketch(test, shown))
         counts: dict[str, dict[str, float]] = {}
         drawn: torch.Tensor | None = None
+        memorization = self._memorization(section)
+        neighbors: dict[str, list[Neighbors]] = {}  # of each row's images, by seed
         total, done = len(recipe.seeds) * len(rows), 0
         for seed in recipe.seeds:
             noise = Noise((recipe.seed, seed, "evaluate"))
-            order = noise.permutation("floor", len(data.train.images)).numpy()[:n]
-            if generates and len(order) > k:
-                floor.append(measured(floats(data.train.images[np.sort(order)]), "real against real"))
+            if generates and against.others and len(others := against.others(noise)) > k:
+                floor.append(measured(others, "teacher against teacher" if by_teacher else "real against real"))
             references: dict[bool, torch.Tensor] = {}  # the teacher's images, by whether the noise is mapped
+            seen: torch.Tensor | None = None  # the teacher's reconstructions
             students = {job.title: job for job in jobs(recipe) if job.seed == seed}
             for name in rows:
                 mapped = name.endswith(_MAPPED)
@@ -737,6 +805,8 @@ class Run:
                 if generates and model.generate is not None:
                     generated = samples(model, n, noise, section.batch)
                     figures |= measured(generated, name if job is None else job.name)
+                    if memorization:
+                        neighbors.setdefault(name, []).append(memorization.neighbors(generated))
                     if groups and real is not None:
                         figures |= {f"share/{k}": v for k, v in shares(features(generated), real, groups).items()}
                     if job is None:
@@ -746,13 +816,18 @@ class Run:
                         figures["paired_mse"] = (generated - references[mapped]).double().pow(2).mean().item()
                     if seed == recipe.seeds[0]:
                         pictures[f"samples/{name}"] = sketch(generated, shown)
-                if shop.classes is not None and data.test.labels is not None:
-                    figures["accuracy"] = accuracy(model, test, data.test.labels[:n], section.batch)
+                if shop.classes is not None and against.labels is not None:
+                    figures["accuracy"] = accuracy(model, test, against.labels, section.batch)
                     for group, rows_of in groups.items():
-                        figures[f"accuracy/{group}"] = accuracy(model, test[rows_of], data.test.labels[:n][rows_of], section.batch)
+                        figures[f"accuracy/{group}"] = accuracy(model, test[rows_of], against.labels[rows_of], section.batch)
+                elif labels is not None:
+                    figures["label_agreement"] = accuracy(model, test, labels, section.batch)
                 elif model.infer is not None:
                     outputs, found = reconstructions(model, test, noise, section.batch)
                     figures |= found
+                    seen = outputs if job is None else seen
+                    if by_teacher and job is not None and seen is not None:
+                        figures |= self._agreement(model, outputs, seen, noise)
                     for group, rows_of in groups.items():
                         found = reconstructions(model, test[rows_of], noise, section.batch)[1]
                         figures |= {f"{key}/{group}": value for key, value in found.items()}
@@ -768,33 +843,58 @@ class Run:
                 done += 1
                 self.board.update("evaluate", done, total, name)
         made = self._synthesized
-        if made and sketch.each:
-            pictures |= _nearest(shop.surrogate(made[0])[:shown], data.train.images, sketch)
+        if made and sketch.each and not by_teacher:
+            pictures |= _nearest(shop.surrogate(made[0])[:shown], shop.real.train.images, sketch)
         surrogates: dict[str, dict[str, Any]] = {}
         for i, folder in enumerate(made):
             surrogates[folder], arrays = self._of_surrogate(folder, sketch, real, drawn, 2 * shown)
             pictures |= arrays
+            if memorization:
+                neighbors[folder] = [memorization.neighbors(floats(shop.surrogate(folder)[:n]))]
             self.board.update("evaluate", i + 1, len(made), folder)
         environment = describe(shop.device) | {"threads": torch.get_num_threads(), "latency_threads": section.latency_threads}
         metrics = {
             "format": METRICS_FORMAT,
             "name": recipe.name,
             "reference": {
-                "data": data.name,
+                "kind": against.kind,
+                "data": against.name,
                 "n": n,
                 "features": features.name if generates else None,
                 "floor": _spread(floor) if floor else {},
-            },
+            }
+            | ({"images": self._reference_identity()} if by_teacher else {}),
             "compared": self._compared(generates),
             "arms": {name: _spread(found) | counts[name] for name, found in rows.items()},
             "arms_info": {"teacher": {"label": "teacher", "updates": None, "data": "real", "note": ""}}
             | {name: {"label": name} | self._about(arm) for name, arm in arms.items()}
             | self._about_mapped(arms),
             "surrogates": surrogates,
+            **({"privacy": _privacy(memorization, neighbors)} if memorization else {}),
             "seeds": list(recipe.seeds),
             "environment": environment,
         }
         return metrics, pictures
+
+    def _memorization(self, section: config.Evaluate) -> Memorization | None:
+        if not section.privacy:
+            return None
+        try:
+            return Memorization.of(self.shop.real.train.images, self.shop.real.test.images[: section.n])
+        except ValueError as error:
+            raise BadInput(f"evaluate.privacy: {error}") from None
+
+    def _agreement(self, student: Model, outputs: torch.Tensor, seen: torch.Tensor, noise: Noise) -> dict[str, float]:
+        """How much a student that infers is like its teacher on the reference images, given the reconstructions of both."""
+        section = self._section("evaluate")
+        figures = {"reconstruction_agreement": (outputs - seen).double().pow(2).mean().item()}
+        found = posterior_agreement(self.shop.teacher, student, self.reference.images, noise, section.batch)
+        return figures | ({} if found is None else {"posterior_agreement": found})
+
+    def _reference_identity(self) -> str:
+        """Fingerprint of what images of the teacher's making follow from: figures against those of another do not compare."""
+        made = self.shop.teacher.generate is None and surrogate.digest(self.folder / next(iter(self.recipe.synthesized)))
+        return fingerprint([self.shop.teacher_digest, self.recipe.seed, made])
 
     def _of_surrogate(
         self, folder: str, sketch: Sketch, real: Any, drawn: torch.Tensor | None, shown: int
@@ -803,12 +903,12 @@ class Run:
 
         Args:
             folder: within the run's.
-            sketch: draws what is like the held-out images, which it holds.
+            sketch: draws what is like the reference images, which it holds.
             real: their features, or ``None``, without which there are no distances.
             drawn: samples of the teacher, or ``None`` where it does not generate.
             shown: images for the page.
         """
-        section, test_labels, test = self.recipe.synthesized[folder], self.shop.real.test.labels, sketch.real
+        section, test_labels, test = self.recipe.synthesized[folder], self.reference.labels, sketch.real
         images, columns = self.shop.surrogate(folder), surrogate.columns(self.folder / folder)
         arrays: dict[str, Any] = {f"images/{folder}": sketch(floats(images[: shown if sketch.each else len(test)]), shown)}
         if section.classes and "label" in columns:
@@ -821,8 +921,9 @@ class Run:
         arrays |= {f"energy/{folder}/{name}/surrogate": values.astype(np.float32) for name, values in parts.items()}
         if parts:
             asked = torch.arange(len(test)) % len(section.classes) if section.classes else None
-            own = None if test_labels is None or self.shop.classes is None else torch.from_numpy(test_labels[: len(test)])
-            arrays |= self._energies_of(folder, {"teacher": (drawn, asked), "real": (test, own)})
+            own = None if test_labels is None or self.shop.classes is None else torch.from_numpy(test_labels)
+            real_ones = {"real": (test, own)} if self.reference.kind == "data" else {}
+            arrays |= self._energies_of(folder, {"teacher": (drawn, asked)} | real_ones)
         figures: dict[str, Any] = {
             "images": len(images),
             "kind": section.kind,
@@ -854,7 +955,7 @@ class Run:
     def _compared(self, generates: bool) -> str:
         """The figure that tells how good a student is: samples of one whose generator no phase trained would tell of chance."""
         if self.shop.classes is not None:
-            return "accuracy"
+            return "accuracy" if self.reference.kind == "data" else "label_agreement"
         distill = self.recipe.distill
         return "frechet" if generates and distill and (distill.generate or distill.link) else "reconstruction_mse"
 
@@ -920,22 +1021,16 @@ def _check_labels(split: Split, classes: int, whose: str) -> None:
         raise BadInput(f"data: label {split.labels.max()}, but {whose} {classes}")
 
 
-def _parts(images: Any, size: int = 256) -> Iterator[Any]:
-    for i in range(0, len(images), size):
-        yield images[i : i + size]
-
-
 def _nearest(images: Kept, real: Kept, sketch: Sketch) -> dict[str, Any]:
     """The real image nearest to each surrogate image, by Euclidean distance of pixels in [0, 1], or of other values."""
-    a = floats(images).flatten(1).double()
-    found, distances = [], []
-    for row in a:
-        every = torch.cat([(floats(p).flatten(1).double() - row).norm(dim=1) for p in _parts(real, 8192)])
-        distance, index = every.min(0)
-        found.append(real[int(index)])
-        distances.append(float(distance))
-    shown = [sketch(floats(part), len(images)) for part in (images, np.stack(found))]
-    return {"surrogate": shown[0], "nearest": shown[1], "nearest_distance": np.array(distances)}
+    distances, places = nearest(floats(images), real)
+    shown = [sketch(floats(part), len(images)) for part in (images, real[places])]
+    return {"surrogate": shown[0], "nearest": shown[1], "nearest_distance": distances}
+
+
+def _privacy(test: Memorization, neighbors: dict[str, list[Neighbors]]) -> dict[str, Any]:
+    """The section of metrics.json: what is expected, and the figures of each arm's images, of all its seeds, and of each surrogate's."""
+    return test.about() | {"sets": {name: test.figures(Neighbors.joined(found)) for name, found in neighbors.items()}}
 
 
 def _spread(rows: list[dict[str, float]]) -> dict[str, Any]:

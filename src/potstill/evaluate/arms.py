@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..divergence import has_priors, latent_kl, per_sample, sampled_kl
+from ..divergence import has_priors, kl, latent_kl, per_sample, sampled_kl, shape_of, total
 from ..energy.view import Energy, Look
 from ..model import Model
 from ..noise import Noise
@@ -59,22 +59,62 @@ def reconstructions(model: Model, x: Tensor, noise: Noise, batch: int) -> tuple[
             distortions.append(per_sample((encoded - mean) ** 2 / (2 * trace.out.dist.scale**2)).cpu())
         elif not isinstance(trace.out.dist, Point):
             distortions.append(-per_sample(trace.out.dist.log_prob(encoded)).cpu())
-    kl = torch.cat(divergences)
-    figures = {"reconstruction_mse": torch.cat(errors).double().mean().item(), "kl": kl.double().mean().item()}
+    nats = torch.cat(divergences)
+    figures = {"reconstruction_mse": torch.cat(errors).double().mean().item(), "kl": nats.double().mean().item()}
     if distortions:
-        figures["nelbo"] = (torch.cat(distortions) + kl).double().mean().item()
+        figures["nelbo"] = (torch.cat(distortions) + nats).double().mean().item()
     return torch.cat(outputs), figures
 
 
 @torch.no_grad()
-def accuracy(model: Model, x: Tensor, labels: NDArray[numpy.int64], batch: int) -> float:
-    """Share of images ``(n, C, H, W)`` in [0, 1] to which a classifier gives their label; labels ``(n,)``."""
-    right = 0
+def posterior_agreement(teacher: Model, student: Model, x: Tensor, noise: Noise, batch: int) -> float | None:
+    """KL(teacher || student) of what the two infer from images, in nats per image, summed over the latents.
+
+    Every latent takes the value that the teacher infers, so both conditionals are given the same.
+
+    Args:
+        teacher: one that infers.
+        student: likewise.
+        x: ``(n, C, H, W)`` in [0, 1].
+        noise: of the teacher's latents; image ``i`` uses row ``i``.
+        batch: images at a time.
+
+    Returns:
+        ``None`` where there is nothing to compare: the two have other latents, or the teacher's are points, which have no density.
+    """
+    names, found = _shared_latents(teacher, student, x[:1], noise), []
+    if not names:
+        return None
+    for i in range(0, len(x), batch):
+        part, own = x[i : i + batch].to(teacher.device), noise.at(range(i, min(i + batch, len(x))))
+        ours = run(teacher.program("infer"), teacher.images.encode(part), noise=own)
+        given = {name: node.value for name, node in ours.latents().items()}
+        theirs = run(student.program("infer"), student.images.encode(part), noise=own, given=given)
+        found.append(total({name: kl(ours[name].dist, theirs[name].dist) for name in names}).cpu())
+    return torch.cat(found).double().mean().item()
+
+
+def _shared_latents(teacher: Model, student: Model, x: Tensor, noise: Noise) -> list[str]:
+    """Names of the teacher's latents that are no points, if the student infers the same; none otherwise."""
+    ours, theirs = (run(m.program("infer"), m.images.encode(x.to(m.device)), noise=noise) for m in (teacher, student))
+    kinds = [{name: (type(node.dist), shape_of(node.dist)) for name, node in trace.latents().items()} for trace in (ours, theirs)]
+    return [name for name, (kind, _) in kinds[0].items() if kind is not Point] if kinds[0] == kinds[1] else []
+
+
+@torch.no_grad()
+def labels_of(model: Model, x: Tensor, batch: int) -> NDArray[numpy.int64]:
+    """The label ``(n,)`` that a classifier gives to each of the images ``(n, C, H, W)`` in [0, 1]."""
+    found = []
     for i in range(0, len(x), batch):
         part = x[i : i + batch].to(model.device)
-        logits = run(model.program("infer"), model.images.encode(part), noise=Noise((0,))).out.dist.logits
-        right += int((logits.argmax(-1).cpu().numpy() == labels[i : i + batch]).sum())
-    return right / len(x)
+        found.append(run(model.program("infer"), model.images.encode(part), noise=Noise((0,))).out.dist.logits.argmax(-1).cpu())
+    labels: NDArray[numpy.int64] = torch.cat(found).numpy()
+    return labels
+
+
+def accuracy(model: Model, x: Tensor, labels: NDArray[numpy.int64], batch: int) -> float:
+    """Share of images ``(n, C, H, W)`` in [0, 1] to which a classifier gives their label; labels ``(n,)``."""
+    return float((labels_of(model, x, batch) == labels).mean())
 
 
 @torch.no_grad()

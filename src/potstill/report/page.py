@@ -167,16 +167,16 @@ def _walls(arms: Sequence[Arm], images: Mapping[str, figures.Pixels]) -> list[di
 def _timed(arms: Sequence[Arm]) -> str:
     """What the times are of: a model that generates is timed generating."""
     figures = {key for arm in arms for key in arm.values}
-    if "frechet" in figures or not figures & {"accuracy", "reconstruction_mse"}:
+    if "frechet" in figures or not figures & {"accuracy", "label_agreement", "reconstruction_mse"}:
         return "Generation"
-    return "Classification" if "accuracy" in figures else "Reconstruction"
+    return "Classification" if figures & {"accuracy", "label_agreement"} else "Reconstruction"
 
 
-def _reconstructions(arms: Sequence[Arm], images: Mapping[str, figures.Pixels]) -> list[_Strip]:
+def _reconstructions(arms: Sequence[Arm], images: Mapping[str, figures.Pixels], shown: str) -> list[_Strip]:
     drawn = [(arm, images[f"reconstruction/{arm.key}"]) for arm in arms if f"reconstruction/{arm.key}" in images]
     if "input" not in images or not drawn:
         return []
-    rows = [_Strip("Real test images", "", figures.strips(images["input"], "Real test images", rows=1))]
+    rows = [_Strip(shown, "", figures.strips(images["input"], shown, rows=1))]
     return rows + [_Strip(arm.label, arm.kind, figures.strips(found, f"Reconstructions by {arm.label}", rows=1)) for arm, found in drawn]
 
 
@@ -358,6 +358,10 @@ def _render(run: Path) -> str:
     compared = tables.compared_metric(arms, metrics.get("compared"))
     dots, floor_at = _dots(arms, compared, floor.get(compared.key))
     updates = {arm.updates for arm in arms if arm.kind != "teacher" and arm.updates is not None}
+    by_teacher = tables.by_teacher(metrics)
+    privacy = metrics.get("privacy")
+    privacy = privacy if isinstance(privacy, Mapping) else {}
+    seen = "The reference images" if by_teacher else "Real test images"
     seeds = metrics.get("seeds")
     exports = _exports(run)
     exported = tables.exports_of(exports)
@@ -395,12 +399,19 @@ def _render(run: Path) -> str:
         pictures_found=(run / "evaluate" / "pictures.npz").exists(),
         real=figures.strips(images["real"], "Real images", rows=1) if "real" in images else [],
         walls=_walls(arms, images),
-        reconstructions=_reconstructions(arms, images),
+        reconstructions=_reconstructions(arms, images, seen),
+        seen=seen,
+        by_teacher=by_teacher,
+        blind=tables.BLIND,
+        floor_name=tables.floor_name(metrics),
         neighbors=_neighbors(pictures) if pictures else None,
         surrogates=_surrogates(run, metrics, pictures),
         surrogate_rows=tables.surrogates_of(metrics),
         surrogate_columns=tables.surrogate_metrics(tables.surrogates_of(metrics)),
-        sets=_SETS,
+        privacy=privacy,
+        private_rows=tables.privacy_of(metrics)[0],
+        private_columns=tables.privacy_of(metrics)[1],
+        sets={who: kind for who, kind in _SETS.items() if who != "real" or not by_teacher},
         panels=_training(run, arms),
         recipe=recipe,
         environment=_facts({key: entry for key, entry in environment.items() if key != "versions"}),

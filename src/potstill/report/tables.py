@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 __all__ = ["ARM_LABELS", "DASH", "METRICS", "Arm", "Metric", "Value", "arms_of", "compared_metric", "features_of", "floor_of"]
 __all__ += ["SURROGATE", "format_value", "metric_of", "metrics_in", "ratio", "subject_of", "surrogate_label", "surrogate_metrics"]
+__all__ += ["BLIND", "by_teacher", "floor_name", "privacy_of"]
 __all__ += ["export_metrics", "exports_of", "surrogates_of", "text_table", "verdict"]
 
 DASH = "–"
@@ -20,6 +21,9 @@ DASH = "–"
 
 TEACHER, DATA_FREE, WITH_DATA, SCRATCH = "teacher", "student_data_free", "student_with_data", "student_scratch"
 CALIBRATED = "teacher+calibrated"
+
+BLIND = "the teacher's own faults cannot be seen, nor a student that is better than it"
+"""What cannot be known where models are measured against images of the teacher's making."""
 
 ARM_LABELS: dict[str, str] = {
     TEACHER: "Teacher",
@@ -59,23 +63,33 @@ class Metric:
 
 
 METRICS: tuple[Metric, ...] = (
-    Metric("frechet", "Fréchet distance", "lower", "squared, between Gaussians fitted to real and to generated features", "Fréchet"),
+    Metric("frechet", "Fréchet distance", "lower", "squared, between Gaussians fitted to reference and to generated features", "Fréchet"),
     Metric("frechet_sqrt", "√ Fréchet", "lower", "its square root, the figure that some papers print"),
     Metric("kid", "KID", "lower", "kernel distance, unbiased, so that it may fall slightly below zero"),
-    Metric("emd", "EMD", "lower", "cost of the optimal transport from generated to real features"),
+    Metric("emd", "EMD", "lower", "cost of the optimal transport from generated to reference features"),
     Metric("mmd", "MMD", "lower", "maximum mean discrepancy under a Gaussian kernel", "MMD"),
-    Metric("energy_distance", "Energy distance", "lower", "mean distance between real and generated features beyond that within each"),
-    Metric("one_nn", "1-NN accuracy", "half", "how often the nearest neighbor tells real from generated", "1-NN"),
-    Metric("precision", "Precision", "higher", "share of generated images that lie among real ones"),
-    Metric("recall", "Recall", "higher", "share of real images that lie among generated ones"),
-    Metric("density", "Density", "higher", "how densely real images surround a generated one; may exceed 1"),
-    Metric("coverage", "Coverage", "higher", "share of real images with a generated one nearby"),
-    Metric("reconstruction_mse", "Reconstruction MSE", "lower", "mean squared error per pixel on real test images", "recon MSE"),
+    Metric("energy_distance", "Energy distance", "lower", "mean distance between reference and generated features beyond that within each"),
+    Metric("one_nn", "1-NN accuracy", "half", "how often the nearest neighbor tells reference from generated images", "1-NN"),
+    Metric("precision", "Precision", "higher", "share of generated images that lie among those of the reference"),
+    Metric("recall", "Recall", "higher", "share of reference images that lie among generated ones"),
+    Metric("density", "Density", "higher", "how densely reference images surround a generated one; may exceed 1"),
+    Metric("coverage", "Coverage", "higher", "share of reference images with a generated one nearby"),
+    Metric("reconstruction_mse", "Reconstruction MSE", "lower", "mean squared error per pixel on the reference images", "recon MSE"),
     Metric("accuracy", "Accuracy", "higher", "share of test images classified rightly", "accuracy"),
-    Metric("share", "Share", "", "share of generated images whose nearest real one is of the group", "share"),
-    Metric("nelbo", "Negative ELBO", "lower", "bound on the negative log likelihood of real test images"),
-    Metric("kl", "KL", "", "Kullback-Leibler divergence of the posterior from the prior, nats per real test image"),
+    Metric("share", "Share", "", "share of generated images whose nearest reference image is of the group", "share"),
+    Metric("nelbo", "Negative ELBO", "lower", "bound on the negative log likelihood of the reference images"),
+    Metric("kl", "KL", "", "Kullback-Leibler divergence of the posterior from the prior, nats per reference image"),
     Metric("paired_mse", "Paired MSE", "lower", "mean squared difference to the teacher's output for the same noise"),
+    Metric(
+        "reconstruction_agreement",
+        "Reconstruction agreement, MSE",
+        "lower",
+        "mean squared difference to the teacher's reconstructions",
+    ),
+    Metric(
+        "posterior_agreement", "Posterior agreement, KL", "lower", "of the teacher's inferred latents from the student's, nats per image"
+    ),
+    Metric("label_agreement", "Label agreement", "higher", "share of images to which the student gives the teacher's label", "agreement"),
     Metric("params", "Parameters", short="params", cost=True),
     Metric("size_mib", "Size, MiB", short="MiB", cost=True),
     Metric("latency_ms_b1", "Latency, ms (1 image)", "lower", short="ms/image", cost=True),
@@ -91,7 +105,7 @@ _ENERGY = "energy."  # before the name of one among a surrogate's values
 _BY_KEY = {metric.key: metric for metric in METRICS}
 _MOST_EXPORTED = 16  # rows of one export: more than there are, so a file of thousands cannot make a page of them
 _COST_PREFIXES = ("latency", "throughput", "params", "size", "memory", "flops")
-_TEXT_COLUMNS = ("frechet", "mmd", "one_nn", "reconstruction_mse", "accuracy", "params", "size_mib", "latency_ms_b1")
+_TEXT_COLUMNS = ("frechet", "mmd", "one_nn", "reconstruction_mse", "accuracy", "label_agreement", "params", "size_mib", "latency_ms_b1")
 _GROUPED_COLUMNS = ("reconstruction_mse", "accuracy", "share")  # in a column for each group of labels, where the recipe names some
 _DROPPED_FIRST = ("size_mib", "mmd", "latency_ms_b1", "one_nn")  # parameters say nearly the same as MiB, Fréchet as MMD
 _WIDTH = 120
@@ -222,13 +236,46 @@ def export_metrics(rows: Sequence[Arm]) -> list[Metric]:
     return [metric for key, metric in _EXPORTED.items() if any(key in row.values for row in rows)]
 
 
+_PRIVACY = (
+    Metric("images", "Images"),
+    Metric("near", "Near", note="share of images nearer to a training image than the nearest hundredth of held-out images"),
+    Metric("near_p_value", "Near, p-value", note="how likely as many near ones are if a model's images are as far away as held-out images"),
+    Metric("median_ratio", "Median distance", note="to the nearest training image, in units of that of held-out images"),
+    Metric("train_nearest", "Nearest", note="share of images whose nearest real image is a training image, not a held-out one"),
+    Metric(
+        "train_nearest_p_value", "Nearest, p-value", note="how likely as many training images are nearest if the model knows no difference"
+    ),
+)
+
+
+def privacy_of(metrics: Mapping[str, Any]) -> tuple[list[Arm], list[Metric]]:
+    """Rows and columns of the table of copied training images, what is expected without copies last; both empty without that section."""
+    found = _mapping(metrics.get("privacy"))
+    sets = _mapping(found.get("sets"))
+    rows = [replace(row, values=_values(sets[row.key])) for row in (*arms_of(metrics), *surrogates_of(metrics)) if row.key in sets]
+    if not rows:
+        return [], []
+    expected = {"near": found.get("near_expected"), "median_ratio": 1.0, "train_nearest": found.get("train_nearest_expected")}
+    return [*rows, Arm("", "Expected without copies", "", None, "", _values(expected))], [*_PRIVACY]
+
+
 def _words(key: str) -> str:
     return key.replace("_", " ")
 
 
 def floor_of(metrics: Mapping[str, Any]) -> dict[str, Value]:
-    """The floor: every metric with real images against other real images, the best that any model can be expected to reach."""
+    """The floor: every metric with reference images against others of their origin, the best that any model can be expected to reach."""
     return _values(_mapping(metrics.get("reference")).get("floor"))
+
+
+def by_teacher(metrics: Mapping[str, Any]) -> bool:
+    """Whether the figures are against images of the teacher's making, without any real data."""
+    return bool(_mapping(metrics.get("reference")).get("kind") == "teacher")
+
+
+def floor_name(metrics: Mapping[str, Any]) -> str:
+    """What is compared with what in the floor."""
+    return "teacher to teacher" if by_teacher(metrics) else "real against real"
 
 
 def features_of(metrics: Mapping[str, Any]) -> str:
@@ -271,7 +318,7 @@ def compared_metric(arms: Sequence[Arm], named: object = None) -> Metric:
     """
     subject = subject_of(arms)
     pool = [subject] if subject else list(arms)
-    keys = (str(named), "frechet", "accuracy", "reconstruction_mse")
+    keys = (str(named), "frechet", "accuracy", "label_agreement", "reconstruction_mse")
     return metric_of(next((key for key in keys if any(key in arm.values for arm in pool)), "frechet"))
 
 
@@ -361,6 +408,7 @@ def verdict(metrics: Mapping[str, Any]) -> str:
 
     A loss is worded as plainly as a win. "Level" means that the difference is at most the pooled standard deviation,
     sqrt((sd1² + sd2²) / 2). Where an arm is missing the sentence says that there is nothing to compare with.
+    Where no real data was measured against, it says so, and what cannot be known then.
     Of students of several sizes, the first is judged, against those of its size.
     """
     arms = arms_of(metrics)
@@ -395,6 +443,12 @@ def verdict(metrics: Mapping[str, Any]) -> str:
             continue
         values.append(theirs)
         said.setdefault(_comparison(metric, ours, theirs), []).append(f"the {words} ({format_value(theirs)})")
+    if by_teacher(metrics):
+        saved = f"; it was measured against images of {_origin(metrics)}, not real data, and so {BLIND}{saved}"
+        if not said:
+            bound = floor_of(metrics).get(metric.key)
+            least = f", where other samples of the teacher have {format_value(bound)}" if bound else ""
+            return f"{name} has {figure}{least}{saved}."
     if not said:
         return f"{name} ({figure}) has nothing to compare with: this run has no figure for a student trained on real data{saved}."
     compared = " and ".join(f"{outcome} {' and '.join(them)}" for outcome, them in said.items())
@@ -404,6 +458,10 @@ def verdict(metrics: Mapping[str, Any]) -> str:
     if _spreadless(metrics, values):
         sentence += ", though without a spread over seeds chance is not ruled out"
     return f"{sentence}{saved}."
+
+
+def _origin(metrics: Mapping[str, Any]) -> str:
+    return _printable(str(_mapping(metrics.get("reference")).get("data") or "the teacher's own making"))
 
 
 def _printable(text: str) -> str:
@@ -436,7 +494,7 @@ def text_table(metrics: Mapping[str, Any]) -> str:
     keys = [key for key in keys if key not in _GROUPED_COLUMNS or not grouped] + [*grouped]
     rows = [(_printable(arm.label), arm.values) for arm in arms]
     if floor:
-        rows.append(("Floor (real against real)", floor))
+        rows.append((f"Floor ({floor_name(metrics)})", floor))
 
     def columns(shown: Sequence[str]) -> list[list[str]]:
         return [[metric_of(key).short, *(format_value(values.get(key), key) for _, values in rows)] for key in shown]
@@ -469,6 +527,8 @@ def text_table(metrics: Mapping[str, Any]) -> str:
     if features := features_of(metrics):
         notes.append(f"features: {_printable(features)}")
     lines.append(_cut("; ".join(notes), _WIDTH))
+    if by_teacher(metrics):
+        lines += [_cut(f"reference: images of {_origin(metrics)}, no real data;", _WIDTH), BLIND]
     for row in surrogates_of(metrics):
         figures = [f"{metric.short} {format_value(row.values[metric.key])}" for metric in _SURROGATE_METRICS if metric.key in row.values]
         lines.append(_cut(_printable(f"{row.key}: {', '.join([row.note, *figures])}"), _WIDTH))
