@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from dataclasses import replace
 
@@ -112,6 +113,20 @@ def test_nothing_is_found_in_what_is_right(name):
     assert all(torch.equal(v, before[k]) for k, v in model.net.state_dict().items())
     assert [module.training for module in model.net.modules()] == modes
     assert len(summary(model)) == 1 + (model.generate is not None) + (model.infer is not None)
+
+
+def test_of_a_long_chain_the_summary_has_the_first_nodes_and_the_last():
+    def generate(sample):
+        z = sample.normal("z0", (4,))
+        for i in range(1, 30):
+            z = sample(f"z{i}", Normal(z, 1.0))
+        return z.view(-1, 1, 2, 2)
+
+    model = Model(nn.Identity(), Images((1, 2, 2)), generate)
+    line = summary(model)[1]
+    assert line.startswith("generate: z0 Normal 4, z1 Normal 4, ")
+    named = re.findall(r"(z\d+) ", line)
+    assert line.endswith(f"{30 - len(named)} more, out Point 1x2x2")
 
 
 @pytest.mark.parametrize("make", [lambda: LVAE(IMAGE, 8, 2, 4), lambda: VAE(IMAGE, 8, 4), lambda: Classifier(IMAGE, 4, 4)])

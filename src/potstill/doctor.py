@@ -31,6 +31,7 @@ _SAME, _ALONE = 1e-5, 1e-3
 _POINT, _ABSURD = 1e-4, 1e3
 # Least spread of the posterior's means over images in units of its std: below, a latent tells less than 0.002 nats of an image.
 _SIGNAL = 0.05
+_SHOWN = 12  # nodes of a program in its summary
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def summary(model: Model) -> list[str]:
         for program in ("generate", "infer", "link"):
             if getattr(model, program) is not None:
                 trace = visit.run(program, None if program == "generate" else _images(visit, None), Noise((0, "doctor")))
-                lines.append(f"{program}: {', '.join(f'{name} {_described(node.dist)}' for name, node in trace.items())}")
+                lines.append(f"{program}: {', '.join(_shortened([f'{name} {_described(node.dist)}' for name, node in trace.items()]))}")
     return lines
 
 
@@ -465,6 +466,12 @@ def _described(dist: Distribution) -> str:
     if isinstance(dist, Categorical):
         return f"Categorical of {dist.logits.shape[-1]}"
     return f"{type(dist).__name__} {_sizes(shape_of(dist)[1:])}"
+
+
+def _shortened(nodes: list[str]) -> list[str]:
+    """The first nodes and the last: a chain may have a thousand."""
+    left_out = len(nodes) - _SHOWN
+    return nodes if left_out <= 0 else [*nodes[: _SHOWN - 1], f"{left_out} more", nodes[-1]]
 
 
 def _sizes(shape: tuple[int, ...]) -> str:
