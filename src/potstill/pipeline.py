@@ -78,8 +78,24 @@ from .worker import INTERRUPTED, stoppable, verdict
 STAGES = ("train", "calibrate", "synthesize", "distill", "evaluate", "report")
 _SECTION = {stage: stage for stage in STAGES} | {"synthesize": "surrogate"}
 METRICS_FORMAT = "potstill-metrics/1"
+DONE = "done already"
 _OWN = "memory://"
 _MAPPED = "+calibrated"  # no arm has a plus sign in its name
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a stage is made from, and what it makes.
+
+    Args:
+        depends: all that its results depend on, as plain data.
+        made: files that are there when it is done.
+        spoiled: names a result that is not as it was made, if any.
+    """
+
+    depends: dict[str, Any]
+    made: list[Path]
+    spoiled: Callable[[], str | None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -307,11 +323,10 @@ class Run:
 
     def train(self) -> None:
         """A teacher or a feature network from real data."""
-        depends = self._reads("train") | {"pixels": self.shop.pixels[0]}
         if isinstance(self._section("train").model, config.TextToImageNet):
-            self._train_prior(depends)
+            self._train_prior()
             return
-        with self._stage("train", depends, [self.folder / "teacher" / n for n in ("config.json", "model.safetensors")]) as work:
+        with self._stage("train", self.inputs("train")) as work:
             if not work:
                 return
             self._say_spoiled(self.folder / "state" / "train")
@@ -343,8 +358,8 @@ class Run:
             write_json(self.folder / "train" / "held_out.json", figures)
             self.board.say("  held out: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
 
-    def _train_prior(self, depends: dict[str, Any]) -> None:
-        with self._stage("train", depends, [self.folder / "teacher" / "model_index.json"]) as work:
+    def _train_prior(self) -> None:
+        with self._stage("train", self.inputs("train")) as work:
             if not work:
                 return
             self._say_spoiled(self.folder / "state" / "train")
@@ -362,8 +377,7 @@ class Run:
 
     def calibrate(self) -> None:
         """A map of the teacher's noise, with which its samples feed its layers what its training data fed them."""
-        depends = self._reads("calibrate") | {"weights": self.shop.teacher_digest}
-        with self._stage("calibrate", depends, [self.folder / "calibrated" / "model.safetensors"]) as work:
+        with self._stage("calibrate", self.inputs("calibrate")) as work:
             if not work:
                 return
             rehearse_calibration(self.shop)
@@ -375,15 +389,8 @@ class Run:
     def synthesize(self) -> None:
         """The surrogate data sets."""
         self._section("synthesize")
-        sections, shop = self.recipe.synthesized, self.shop
-        files = {folder: found for folder in sections if (found := self._files_of(folder))}
-        depends = self._reads("synthesize") | {"weights": shop.teacher_digest} | ({"files": files} if files else {})
-
-        def spoiled() -> str | None:
-            gone = (surrogate.missing(self.folder / folder) for folder in sections)
-            return next((str(path).removeprefix(f"{self.folder}/") for path in gone if path is not None), None)
-
-        with self._stage("synthesize", depends, [self.folder / f / "manifest.json" for f in sections], spoiled) as work:
+        sections, shop, inputs = self.recipe.synthesized, self.shop, self.inputs("synthesize")
+        with self._stage("synthesize", inputs) as work:
             if not work:
                 return
             for folder, section in sections.items():
@@ -401,7 +408,7 @@ class Run:
                     n=section.n,
                     batch=section.batch,
                     shard=section.shard,
-                    identity=_identity(depends, section),
+                    identity=_identity(inputs.depends, section),
                     source=section.kind,
                     pixels=shop.teacher.images.pixels,
                     store=section.store,
@@ -462,23 +469,9 @@ class Run:
     def distill(self) -> None:
         """Every student: arms times seeds, side by side where the machine has the cores; those of several sizes go through it together."""
         self._section("distill")
-        recipe = self.recipe
-        depends = self._reads("distill") | {
-            "weights": self.shop.teacher_digest,
-            "surrogate": {folder: surrogate.digest(self.folder / folder) for folder in self._images_needed},
-            "pixels": self.shop.pixels[0] if self._data_needed else None,
-        }
-        if (width := self.shop.width(self.shop.teacher)) is not None:
-            depends["width"] = width
-        if any(recipe.start_of(arm, "generate") == "calibrated" for arm in recipe.arms):
-            depends["calibrated"] = digest_of(self.shop.calibrated)
-        identity = fingerprint(_plain(depends))
-
-        def spoiled() -> str | None:
-            return next((f"students/{job.name}" for job in jobs(recipe) if not is_done(self.folder, job, identity)), None)
-
-        final = final_folders(recipe)
-        with self._stage("distill", depends, [self.folder / f / "model.safetensors" for f in final], spoiled) as work:
+        recipe, inputs = self.recipe, self.inputs("distill")
+        identity = fingerprint(inputs.depends)
+        with self._stage("distill", inputs) as work:
             if not work:
                 return
             todo = [job for job in jobs(recipe) if not is_done(self.folder, job, identity)]
@@ -500,7 +493,7 @@ class Run:
             missing = [job.name for job in todo if not is_done(self.folder, job, identity)]
             if missing:
                 raise Failed(f"distill: not done: {', '.join(missing)}; run the same command again to go on")
-            for folder, job in final.items():
+            for folder, job in final_folders(recipe).items():
                 model = self._load_student(job)
                 calibrated = self.shop.calibrated if recipe.start_of(job.arm, "generate") == "calibrated" else None
                 card = student_card(recipe, job, updates(recipe, job.arm), *self._sizes(model), parameters(calibrated) if calibrated else 0)
@@ -517,17 +510,7 @@ class Run:
         section, recipe = self._section("evaluate"), self.recipe
         if not all(is_done(self.folder, job) for job in jobs(recipe)):
             raise BadInput("evaluate: not every student is trained yet; run the distill stage first")
-        depends = self._reads("evaluate") | {
-            "students": {job.name: sha256(student_folder(self.folder, job) / "model.safetensors") for job in jobs(recipe)},
-            "weights": self.shop.teacher_digest,
-            "pixels": self.shop.pixels,
-            "features": self.features.digest,
-        }
-        if recipe.calibrate:
-            depends["calibrated"] = digest_of(self.shop.calibrated)
-        if made := self._synthesized:
-            depends["surrogates"] = {folder: surrogate.digest(self.folder / folder) for folder in made}
-        with self._stage("evaluate", depends, [self.folder / "metrics.json"]) as work:
+        with self._stage("evaluate", self.inputs("evaluate")) as work:
             if not work or not self.ranks.first:
                 return
             self._say_needed(self._memory_of_evaluate(section))
@@ -544,12 +527,7 @@ class Run:
         self._section("report")
         if not (self.folder / "metrics.json").exists():
             raise BadInput("report: nothing measured yet; run the evaluate stage first")
-        depends = self._reads("report") | {"metrics": sha256(self.folder / "metrics.json")}
-
-        def stale() -> str | None:
-            return "export" if page.outdated(self.folder) else None
-
-        with self._stage("report", depends, [self.folder / "report.html"], stale) as work:
+        with self._stage("report", self.inputs("report")) as work:
             if work and self.ranks.first:
                 try:
                     page.write(self.folder)
@@ -574,16 +552,8 @@ class Run:
     # -------------------------------------------------------------- their parts
 
     @contextlib.contextmanager
-    def _stage(
-        self, name: str, depends: dict[str, Any], made: list[Path], spoiled: Callable[[], str | None] = lambda: None
-    ) -> Iterator[bool]:
+    def _stage(self, name: str, inputs: Inputs) -> Iterator[bool]:
         """Whether the stage has work to do, as the first process sees it, which writes the stage's marks around the block.
-
-        Args:
-            name: of the stage.
-            depends: all that its results depend on.
-            made: files that are there when it is done.
-            spoiled: names a result that is not as it was made, if any.
 
         Raises:
             Refused: it was begun from something else.
@@ -591,26 +561,105 @@ class Run:
         if not self.ranks.first:
             yield self.ranks.share(lambda: True)
             return
-        plain = _plain(depends)
-        mark, folder = fingerprint(plain), self.folder / name
-        begun, done = folder / "begun.json", folder / "done.json"
-        if begun.exists() and (before := _depends_of(begun)) != plain:
-            raise Refused(_refusal(self.folder, name, _differences(before, plain)))
-        gone = next((path.relative_to(self.folder) for path in made if not path.exists()), None) or spoiled()
-        if done.exists() and not gone:
-            self.board.say(f"{name}: done already")
+        found = self.found(name, inputs)
+        self.board.say(f"{name}: {found}" if found else name)
+        if found == DONE:
             yield self.ranks.share(lambda: False)
             return
-        going_on = f": {gone} is gone or has changed, again" if done.exists() else ": going on"
-        self.board.say(f"{name}{going_on if begun.exists() else ''}")
-        done.unlink(missing_ok=True)
-        if not begun.exists():
-            write_json(begun, {"fingerprint": mark, "depends": plain})
+        mark, folder = fingerprint(inputs.depends), self.folder / name
+        (folder / "done.json").unlink(missing_ok=True)
+        if not (folder / "begun.json").exists():
+            write_json(folder / "begun.json", {"fingerprint": mark, "depends": inputs.depends})
         start = time.perf_counter()
         yield self.ranks.share(lambda: True)
         inventory.finish(
             self.folder, name, {"fingerprint": mark, "seconds": round(time.perf_counter() - start, 1), "potstill": __version__}
         )
+
+    def found(self, stage: str, inputs: Inputs) -> str:
+        """How far a stage is: ``DONE``, going on, or again since a result is gone; nothing where it was not begun.
+
+        Raises:
+            Refused: it was begun from something else.
+        """
+        begun, done = (self.folder / stage / mark for mark in ("begun.json", "done.json"))
+        if begun.exists() and (before := _depends_of(begun)) != inputs.depends:
+            raise Refused(_refusal(self.folder, stage, _differences(before, inputs.depends)))
+        gone = next((path.relative_to(self.folder) for path in inputs.made if not path.exists()), None) or inputs.spoiled()
+        if not begun.exists():
+            return DONE if done.exists() and not gone else ""
+        if done.exists():
+            return f"{gone} is gone or has changed, again" if gone else DONE
+        return "going on"
+
+    def inputs(self, stage: str) -> Inputs:
+        """What a stage is made from, which must be there, and what it makes."""
+        depends = self._reads(stage)
+        if stage not in ("train", "report"):
+            depends["weights"] = self.shop.teacher_digest
+        match stage:
+            case "train":
+                prior = isinstance(self._section("train").model, config.TextToImageNet)
+                names = ["model_index.json"] if prior else ["config.json", "model.safetensors"]
+                return self._inputs(depends | {"pixels": self.shop.pixels[0]}, [f"teacher/{name}" for name in names])
+            case "calibrate":
+                return self._inputs(depends, ["calibrated/model.safetensors"])
+            case "synthesize":
+                return self._inputs_of_synthesize(depends)
+            case "distill":
+                return self._inputs_of_distill(depends)
+            case "evaluate":
+                return self._inputs(self._depends_of_evaluate(depends), ["metrics.json"])
+            case _:
+                from .report import page  # late, for it brings jinja and matplotlib
+
+                depends |= {"metrics": sha256(self.folder / "metrics.json")}
+                return self._inputs(depends, ["report.html"], lambda: "export" if page.outdated(self.folder) else None)
+
+    def _inputs(self, depends: dict[str, Any], made: list[str], spoiled: Callable[[], str | None] = lambda: None) -> Inputs:
+        return Inputs(_plain(depends), [self.folder / name for name in made], spoiled)
+
+    def _inputs_of_synthesize(self, depends: dict[str, Any]) -> Inputs:
+        folders = self.recipe.synthesized
+        files = {folder: found for folder in folders if (found := self._files_of(folder))}
+
+        def spoiled() -> str | None:
+            gone = (surrogate.missing(self.folder / folder) for folder in folders)
+            return next((str(path).removeprefix(f"{self.folder}/") for path in gone if path is not None), None)
+
+        return self._inputs(depends | ({"files": files} if files else {}), [f"{folder}/manifest.json" for folder in folders], spoiled)
+
+    def _inputs_of_distill(self, depends: dict[str, Any]) -> Inputs:
+        recipe = self.recipe
+        depends["surrogate"] = {folder: surrogate.digest(self.folder / folder) for folder in self._images_needed}
+        depends["pixels"] = self.shop.pixels[0] if self._data_needed else None
+        if (width := self.shop.width(self.shop.teacher)) is not None:
+            depends["width"] = width
+        if self.starts_calibrated:
+            depends["calibrated"] = digest_of(self.shop.calibrated)
+        identity = fingerprint(_plain(depends))
+
+        def spoiled() -> str | None:
+            return next((f"students/{job.name}" for job in jobs(recipe) if not is_done(self.folder, job, identity)), None)
+
+        return self._inputs(depends, [f"{folder}/model.safetensors" for folder in final_folders(recipe)], spoiled)
+
+    def _depends_of_evaluate(self, depends: dict[str, Any]) -> dict[str, Any]:
+        depends |= {
+            "students": {job.name: sha256(student_folder(self.folder, job) / "model.safetensors") for job in jobs(self.recipe)},
+            "pixels": self.shop.pixels,
+            "features": self.features.digest,
+        }
+        if self.recipe.calibrate:
+            depends["calibrated"] = digest_of(self.shop.calibrated)
+        if made := self._synthesized:
+            depends["surrogates"] = {folder: surrogate.digest(self.folder / folder) for folder in made}
+        return depends
+
+    @property
+    def starts_calibrated(self) -> bool:
+        """Whether an arm's students learn on calibrated noise."""
+        return any(self.recipe.start_of(arm, "generate") == "calibrated" for arm in self.recipe.arms)
 
     def tidy(self) -> None:
         """Remove the saved states of what is done, and what killed processes left half written."""
