@@ -49,8 +49,10 @@ ORDER = [
     "progress",
     "worker",
     "pipeline",
+    "plan",
     "export",
     "compare",
+    "publish",
     "cli",
     "__main__",
 ]

@@ -14,13 +14,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .errors import BadInput, Failed, shown
 from .ranks import ALONE, Ranks, launched, together
 from .store import is_url
 from .worker import INTERRUPTED
+
+if TYPE_CHECKING:
+    from .config import Recipe
 
 STAGES = {
     "train": "train a teacher or a feature network on real data (the data owner's side)",
@@ -48,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("recipe", help="a YAML file; see potstill schema")
         command.add_argument("overrides", nargs="*", metavar="a.b=value", help="values that replace the recipe's")
         command.add_argument("--out", metavar="DIR", help="folder of the run; by default runs/NAME")
+        command.add_argument("--dry-run", action="store_true", help="check everything, print the plan and its cost, write nothing")
         command.add_argument(
             "--import", dest="modules", action="append", default=[], metavar="MODULE", help="allow the recipe to run code of this module"
         )
@@ -104,11 +108,14 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     folder = Path(arguments.out) if arguments.out else Path("runs") / recipe.name
     if arguments.modules:
         sys.path.insert(0, os.getcwd())  # where an allowed module is looked for first, as python -m does
+    stages = None if arguments.command in ("demo", "run") else (arguments.command,)
+    if arguments.dry_run:
+        _dry_run(recipe, folder, stages, tuple(arguments.modules), ranks)
+        return
     from . import pipeline
     from .report.tables import text_table, verdict
     from .state import read_json
 
-    stages = None if arguments.command in ("demo", "run") else (arguments.command,)
     pipeline.execute(recipe, folder, stages, tuple(arguments.modules), arguments.quiet, ranks, arguments.log_json)
     metrics = folder / "metrics.json"
     if arguments.command in ("demo", "run", "evaluate") and metrics.exists():
@@ -117,6 +124,14 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         print(verdict(found))
     if (folder / "report.html").exists() and arguments.command in ("demo", "run", "report"):
         print(f"report: {folder / 'report.html'}")
+
+
+def _dry_run(recipe: Recipe, folder: Path, stages: tuple[str, ...] | None, modules: tuple[str, ...], ranks: Ranks) -> None:
+    if ranks.first:
+        from .plan import plan
+
+        print(shown("\n".join(plan(recipe, folder, stages, modules))))
+    ranks.wait()
 
 
 def _zoo() -> None:

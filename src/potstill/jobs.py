@@ -18,7 +18,6 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from . import build, config
 from .data import Dataset, Kept, Split, floats
@@ -32,7 +31,7 @@ from .distill.trackers import tracked
 from .divergence import total
 from .energy.view import Energy
 from .errors import BadInput, BrokenFile, Locked
-from .evaluate.cost import needed, parameters
+from .evaluate.cost import Operations, needed, parameters
 from .families.chain import DenoisingLoss
 from .families.classifier import classes_of
 from .families.diffusion import Autoencoding, Denoising, TextToImage, UNet, chain_of
@@ -613,8 +612,8 @@ def _scratch(
 def flops(shop: Workshop, teacher: Model) -> dict[str, dict[str, int]]:
     """About how many floating-point operations a sample of an update takes, by the student's title and the phase.
 
-    Counted are matrix products, convolutions and attention, on two samples of the networks themselves: the teacher forward, the student
-    forward and backward, and what else the phase's loss has. An addition and a multiplication are two.
+    They are counted on two samples of the networks themselves: the teacher forward, the student forward and backward, and what else the
+    phase's loss has.
     """
     distill, found = shop.recipe.distill or config.Distill(), dict[str, dict[str, int]]()
     for arm, width in product(shop.recipe.arms, shop.recipe.widths):
@@ -630,9 +629,9 @@ def flops(shop: Workshop, teacher: Model) -> dict[str, dict[str, int]]:
 def _counted(update: Callable[[], dict[str, Tensor]]) -> int:
     """Floating-point operations of an update, forward and backward."""
     update()  # what is done once, such as filling a pool, is not counted
-    with FlopCounterMode(display=False) as counter:
+    with Operations() as operations:
         total(update()).mean().backward()
-    return int(counter.get_total_flops())
+    return operations.count
 
 
 def flops_of_calibration(shop: Workshop) -> int:

@@ -115,7 +115,7 @@ class Run:
     allowed: tuple[str, ...]
     board: Board
     ranks: Ranks = ALONE
-    _needs: dict[str, int] = field(default_factory=dict, init=False, repr=False)  # bytes, as far as rehearsals have found out
+    needs: dict[str, int] = field(default_factory=dict, init=False, repr=False)  # bytes, as far as rehearsals have found out
 
     @cached_property
     def shop(self) -> Workshop:
@@ -150,22 +150,22 @@ class Run:
         if "train" in stages:
             self._check_train()
         if set(stages) & {"calibrate", "synthesize", "distill", "evaluate"}:
-            teacher = self._teacher_to_be(stages)
+            teacher = self.teacher_to_be(stages)
             classes = classes_of(teacher)
             if "calibrate" in stages:
-                if "train" not in stages or self._is_done("train"):
+                if "train" not in stages or self.is_done("train"):
                     rehearse_calibration(self.shop)
-            elif self.recipe.calibrate and {"distill", "evaluate"} & set(stages) and not self._is_done("calibrate"):
+            elif self.recipe.calibrate and {"distill", "evaluate"} & set(stages) and not self.is_done("calibrate"):
                 raise BadInput(f"{stages[0]}: no calibrated noise yet; run the calibrate stage first")
             if "synthesize" in stages:
                 self._check_synthesize(teacher)
             if {"distill", "evaluate"} & set(stages):
                 self._check_data(classes, labels_shown(teacher))
             if "distill" in stages:
-                if "synthesize" not in stages and not all((self.folder / f / "manifest.json").exists() for f in self._images_needed):
+                if "synthesize" not in stages and not all((self.folder / f / "manifest.json").exists() for f in self.images_needed):
                     raise BadInput("distill: no surrogate yet; run the synthesize stage first")
-                if not self._is_done("distill"):
-                    self._needs["distill"] = rehearse(self.shop, teacher)
+                if not self.is_done("distill"):
+                    self.needs["distill"] = rehearse(self.shop, teacher)
             if "evaluate" in stages:
                 if "distill" not in stages and not all(is_done(self.folder, job) for job in jobs(self.recipe)):
                     raise BadInput("evaluate: not every student is trained yet; run the distill stage first")
@@ -226,7 +226,7 @@ class Run:
         return any(arm.real for arm in self.recipe.arms)
 
     @property
-    def _images_needed(self) -> list[str]:
+    def images_needed(self) -> list[str]:
         """Folders of the surrogates that distill trains on."""
         return sorted({f for arm in self.recipe.arms for f in self.recipe.every_image_of(arm)}) if self.recipe.distill else []
 
@@ -235,10 +235,10 @@ class Run:
         """Folders of the surrogates that are there."""
         return [f for f in self.recipe.synthesized if (self.folder / f / "manifest.json").exists()]
 
-    def _teacher_to_be(self, stages: tuple[str, ...]) -> Model:
+    def teacher_to_be(self, stages: tuple[str, ...]) -> Model:
         """The teacher, or one of the same shape with fresh weights where it is still to be trained."""
         recipe = self.recipe
-        trained = self._is_done("train") and (self.folder / "teacher" / "model.safetensors").exists()
+        trained = self.is_done("train") and (self.folder / "teacher" / "model.safetensors").exists()
         if not isinstance(recipe.teacher, config.Trained) or "train" not in stages or trained:
             return self.shop.teacher
         assert recipe.train is not None  # the recipe's own check
@@ -254,7 +254,7 @@ class Run:
                 if section.store.startswith(_OWN) and self.ranks.count > 1:
                     raise BadInput(f"{folder}.store: {_OWN} is the memory of one process, and there are {self.ranks.count}; use another")
                 place(section.store).exists()  # whether it answers is known before hours of work
-            if isinstance(self.recipe.teacher, config.Trained) and not self._is_done("train"):
+            if isinstance(self.recipe.teacher, config.Trained) and not self.is_done("train"):
                 build.synthesizer(section, teacher)
                 continue
             self._rehearse_synthesis(folder)
@@ -273,7 +273,7 @@ class Run:
             raise BadInput(f"{folder}: {build.reason(error)}") from None
         images = self.shop.teacher.images
         # A shard is put together in memory: pictures as png files, values as Python's numbers of 32 bytes.
-        self._needs[folder] = batch + min(section.shard, section.n) * math.prod(images.shape) * (1 if images.pixels else 32)
+        self.needs[folder] = batch + min(section.shard, section.n) * math.prod(images.shape) * (1 if images.pixels else 32)
 
     def _check_train(self) -> None:
         section = self._section("train")
@@ -397,10 +397,10 @@ class Run:
                 steps = surrogate.Steps()
                 synthesis = shop.synthesis(folder, watch=steps.watch)
                 if self.ranks.first:
-                    if folder not in self._needs:  # the teacher was not there yet when all was checked
+                    if folder not in self.needs:  # the teacher was not there yet when all was checked
                         self._rehearse_synthesis(folder)
                     self._say_memory(folder, synthesis, min(section.batch, section.n))
-                    self._say_needed(self._needs[folder], what=f"{folder}: ")
+                    self._say_needed(self.needs[folder], what=f"{folder}: ")
                 surrogate.write(
                     self.folder / folder,
                     synthesis,
@@ -418,21 +418,24 @@ class Run:
                 )
 
     def _say_needed(self, beside: int | None, processes: int = 1, images: int = 0, what: str = "") -> None:
-        """One line of about how much memory a stage will take.
+        """One line, about something, of :meth:`memory_needed`, if it is known."""
+        if found := self.memory_needed(beside, processes, images):
+            self.board.say(f"  {what}{found}")
+
+    def memory_needed(self, beside: int | None, processes: int = 1, images: int = 0) -> str | None:
+        """About how much memory a stage will take, in words.
 
         Args:
             beside: bytes, beside what this process holds already; ``None`` where they are not known.
             processes: that will hold as much each.
             images: bytes of images, which are never on a GPU.
-            what: it is about.
         """
         if beside is None:
-            return
+            return None
         if self.shop.device.type == "cuda":
-            self.board.say(f"  {what}about {gib(torch.cuda.memory_allocated() + beside)} of GPU memory")
-            return
+            return f"about {gib(torch.cuda.memory_allocated() + beside)} of GPU memory"
         one = memory() + beside + images
-        self.board.say(f"  {what}about {gib(one * processes + (memory() if processes > 1 else 0))} of memory")
+        return f"about {gib(one * processes + (memory() if processes > 1 else 0))} of memory"
 
     def _say_spoiled(self, folder: Path) -> None:
         """One line for each saved state that a crash or a disk has spoiled, from which a training would otherwise have gone on."""
@@ -475,11 +478,11 @@ class Run:
             if not work:
                 return
             todo = [job for job in jobs(recipe) if not is_done(self.folder, job, identity)]
-            workers, count = self._workers(sum(bool(undone(self.folder, group, identity)) for group in groups(recipe).values()))
+            workers, count = self.workers(sum(bool(undone(self.folder, group, identity)) for group in groups(recipe).values()))
             how = f"{workers} side by side" if self.ranks.count == 1 else f"each by {self.ranks.count} processes"
             together = f" in {len(recipe.widths)} sizes, those of an arm and a seed together" if recipe.students else ""
             self.board.say(f"  {len(todo)} students{together}, {how}")
-            self._say_needed(self._needs.get("distill"), workers, self._bytes_of_surrogates())
+            self._say_needed(self.needs.get("distill"), workers, self.bytes_of_surrogates())
             self._say_spoiled(states_of(self.folder))
             if workers == 1:
                 with threads(count), self._stoppable() as keep_going:
@@ -499,10 +502,10 @@ class Run:
                 card = student_card(recipe, job, updates(recipe, job.arm), *self._sizes(model), parameters(calibrated) if calibrated else 0)
                 save_network(model, self.folder / folder, card, calibrated)
 
-    def _bytes_of_surrogates(self) -> int:
+    def bytes_of_surrogates(self) -> int:
         """Bytes of the images that trainings hold in memory; those of a storage are on the disk."""
         images = self.shop.teacher.images
-        here = [self.recipe.synthesized[folder] for folder in self._images_needed]
+        here = [self.recipe.synthesized[folder] for folder in self.images_needed]
         return sum(s.n for s in here if not s.store) * math.prod(images.shape) * (1 if images.pixels else 4)
 
     def evaluate(self) -> None:
@@ -513,7 +516,7 @@ class Run:
         with self._stage("evaluate", self.inputs("evaluate")) as work:
             if not work or not self.ranks.first:
                 return
-            self._say_needed(self._memory_of_evaluate(section))
+            self._say_needed(self.memory_of_evaluate(section))
             with threads(recipe.compute.threads):
                 metrics, pictures = self._measure(section)
             with replacing(self.folder / "evaluate" / "pictures.npz") as temporary, temporary.open("wb") as file:
@@ -534,7 +537,7 @@ class Run:
                 except page.ReportError as error:
                     raise BadInput(f"report: {error}") from None
 
-    def _memory_of_evaluate(self, section: config.Evaluate) -> int:
+    def memory_of_evaluate(self, section: config.Evaluate) -> int:
         teacher, test, chain = self.shop.teacher, self.shop.real.test.images, chain_of(self.shop.teacher)
         noise, n = Noise((self.recipe.seed, "memory")), section.n or len(test)
         x = teacher.images.encode(floats(test[:2]).to(teacher.device))
@@ -631,7 +634,7 @@ class Run:
 
     def _inputs_of_distill(self, depends: dict[str, Any]) -> Inputs:
         recipe = self.recipe
-        depends["surrogate"] = {folder: surrogate.digest(self.folder / folder) for folder in self._images_needed}
+        depends["surrogate"] = {folder: surrogate.digest(self.folder / folder) for folder in self.images_needed}
         depends["pixels"] = self.shop.pixels[0] if self._data_needed else None
         if (width := self.shop.width(self.shop.teacher)) is not None:
             depends["width"] = width
@@ -665,11 +668,12 @@ class Run:
         """Remove the saved states of what is done, and what killed processes left half written."""
         own = {stage: self.folder / "state" / stage for stage in ("train", "calibrate")}
         for stage, states in (own | {"distill": states_of(self.folder)}).items():
-            if self._is_done(stage):
+            if self.is_done(stage):
                 shutil.rmtree(states, ignore_errors=True)
         sweep(self.folder)
 
-    def _is_done(self, name: str) -> bool:
+    def is_done(self, name: str) -> bool:
+        """Whether a stage has left its mark that it is."""
         return (self.folder / name / "done.json").exists()
 
     def _stoppable(self) -> contextlib.AbstractContextManager[Callable[[], bool]]:
@@ -683,7 +687,7 @@ class Run:
     def _sizes(self, student: Model) -> tuple[int, int]:
         return parameters(student.net), parameters(self.shop.teacher.net)
 
-    def _workers(self, todo: int) -> tuple[int, int | None]:
+    def workers(self, todo: int) -> tuple[int, int | None]:
         """How many processes train side by side so many arms and seeds, and the threads of each.
 
         The threads follow from the recipe and the machine, not from what is left to do: a run that goes on has the bits of one that
@@ -1068,6 +1072,18 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def stages_of(recipe: config.Recipe) -> tuple[str, ...]:
+    """The stages that a recipe has, in order.
+
+    Raises:
+        BadInput: it has none.
+    """
+    found = tuple(s for s in STAGES if (recipe.synthesized if s == "synthesize" else getattr(recipe, _SECTION[s])))
+    if not found:
+        raise BadInput(f"{recipe.name}: the recipe has no stage in it: {', '.join(_SECTION.values())}")
+    return found
+
+
 def execute(
     recipe: config.Recipe,
     folder: Path,
@@ -1083,9 +1099,7 @@ def execute(
         BadInput: something given is wrong; where it can be known before, nothing is written.
         Failed: a worker died.
     """
-    chosen = stages or tuple(s for s in STAGES if (recipe.synthesized if s == "synthesize" else getattr(recipe, _SECTION[s])))
-    if not chosen:
-        raise BadInput(f"{recipe.name}: the recipe has no stage in it: {', '.join(_SECTION.values())}")
+    chosen = stages or stages_of(recipe)
     with Board(quiet, log_json) as board, build.memory_watched():
         run = Run(recipe, folder, allowed, board, ranks)
         run.check(chosen)

@@ -7,11 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from ..model import keeping
 from ..state import plain_tensors
@@ -113,6 +116,24 @@ def needed() -> Iterator[Callable[[], int]]:
             yield lambda: max(largest, sum(kept.values()))
     finally:
         handle.remove()
+
+
+class Operations(TorchDispatchMode):
+    """Within its block the floating-point operations of matrix products and convolutions are counted; a product and a sum are two.
+
+    It is torch's ``FlopCounterMode`` without the count by modules, which does not allow gradients of gradients. The products within
+    fused attention are counted on a GPU alone.
+    """
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation, and count what it takes, if it is one of those."""
+        given = kwargs or {}
+        out = func(*args, **given)
+        if formula := flop_registry.get(func._overloadpacket):
+            self.count += formula(*args, **given, out_val=out)
+        return out
 
 
 def _bytes(found: object) -> int:
