@@ -654,9 +654,7 @@ Surrogate = Annotated[
     | Annotated[Inversion, Tag("inversion")]
     | Annotated[Latent, Tag("latent")]
     | Annotated[Guided, Tag("guided")],
-    Discriminator(
-        _surrogate_kind, custom_error_type="kind", custom_error_message="kind: ancestral, uniform, inversion, latent or guided is expected"
-    ),
+    Discriminator(_surrogate_kind),
 ]
 
 
@@ -1200,8 +1198,12 @@ def _problem(error: Any) -> str:
     location = error["loc"]
     path = _dotted(location)
     if error["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(str(location[-1]), _known_keys(location[:-1]), n=1)
-        return f"{path}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
+        return f"{path}: unknown key{_meant(location[-1], _known_keys(location[:-1]))}"
+    if error["type"] == "union_tag_not_found":
+        return f"{path}: {'its kind is missing' if isinstance(error['input'], dict) else _WORDS['dict_type']}"
+    if error["type"] == "union_tag_invalid":
+        kinds, kind = _choices(error), error["input"]["kind"]
+        return f"{path}.kind: one of {', '.join(kinds)} is expected (found {_SHORT.repr(kind)}){_meant(kind, kinds)}"
     message = _WORDS.get(error["type"]) or error["msg"].removeprefix("Value error, ").replace("Tuple should", "A list should")
     if not location and error["type"] == "value_error":
         return message  # of Recipe's own check, whose lines name their section
@@ -1209,7 +1211,19 @@ def _problem(error: Any) -> str:
     # An address is not repeated: where it is wrong, it may hold a secret in a way that nobody has thought of.
     hidden = isinstance(found, (dict, list, tuple)) or error["type"] == "missing" or (isinstance(found, str) and is_url(found))
     shown = "" if hidden else f" (found {_SHORT.repr(found)})"
-    return f"{path or 'recipe'}: {message[0].lower() + message[1:]}{shown}"
+    return f"{path or 'recipe'}: {message[0].lower() + message[1:]}{shown}{_meant(found, _choices(error))}"
+
+
+def _choices(error: Any) -> list[str]:
+    """The values that one of a few could have had, of an error that tells them."""
+    told = error.get("ctx", {})
+    return re.findall(r"'([^']*)'", str(told.get("expected_tags") or told.get("expected") or ""))
+
+
+def _meant(found: Any, known: Sequence[str]) -> str:
+    """A suggestion, where what was found is much like one that is known."""
+    close = difflib.get_close_matches(str(found), known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 # pydantic speaks of Python, but a recipe is YAML.
