@@ -43,6 +43,7 @@ ORDER = [
     "report",
     "build",
     "doctor",
+    "init",
     "simple",
     "jobs",
     "inventory",

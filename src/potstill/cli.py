@@ -64,6 +64,14 @@ def _parser() -> argparse.ArgumentParser:
             "of its own, such as task, done, total, images_per_second, seconds_left, memory_bytes and loss; stdout stays as it is",
         )
 
+    init = commands.add_parser("init", help="look at a checkpoint, and write a recipe for it that runs as it is")
+    init.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a folder of potstill's, of diffusers, of transformers or of pythae, zoo:NAME, a Hub id, a KD4DGM checkpoint, or module:name",
+    )
+    init.add_argument("--out", type=Path, default=Path("recipe.yaml"), metavar="FILE", help="by default recipe.yaml; never overwritten")
+    init.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE", help="allow code of this module")
     with_run("demo", "the embedded example: a digits LVAE from the zoo becomes 12 times smaller, offline", recipe=False)
     with_run("run", "every stage that the recipe has")
     for name, help in STAGES.items():
@@ -198,6 +206,14 @@ def _examine(teacher: str, modules: Sequence[str]) -> None:
     print("\n".join([*summary(model), "nothing wrong was found"]))
 
 
+def _init(model: str, out: Path, modules: Sequence[str]) -> None:
+    if modules:
+        sys.path.insert(0, os.getcwd())
+    from .init import init
+
+    print(shown("\n".join(init(model, out, modules))))
+
+
 def _export(arguments: argparse.Namespace) -> None:
     if arguments.modules:
         sys.path.insert(0, os.getcwd())
@@ -301,6 +317,8 @@ def _ended(words: Sequence[str], ranks: Ranks) -> tuple[int, str | None]:
                     _zoo()
                 case "doctor":
                     _doctor(arguments.run, arguments.teacher, arguments.modules)
+                case "init":
+                    _init(arguments.model, arguments.out, arguments.modules)
                 case "export":
                     _export(arguments)
                 case "compare":

@@ -386,7 +386,7 @@ class Budget(Section):
 
 
 class Student(Section):
-    """The teacher's architecture with another width, given or found, or a model of one's own, or the teacher. Exactly one of the five."""
+    """The teacher's architecture with another width, given or found, or another network, or the teacher. Exactly one of the six."""
 
     width: Count | None = Field(default=None, description="channels of the student's hidden maps")
     ratio: Annotated[float, Field(gt=1), _NUMERIC] | None = Field(
@@ -394,20 +394,27 @@ class Student(Section):
     )
     budget: Budget | None = Field(default=None, description="what it may cost; the largest width within it is found")
     target: Target | None = Field(default=None, description="module:name of a function that returns a Model")
+    net: Net | None = Field(default=None, description="a network of potstill's own, where the teacher's architecture is another's")
     start: Literal["teacher"] | None = Field(default=None, description="a copy of the teacher, weights and all, which goes on learning")
     arguments: Arguments = {}
     encoder: bool = Field(default=False, description="give the student of a GAN without an encoder one, which the phase infer trains")
 
     @model_validator(mode="after")
     def _one(self) -> Student:
-        given = [k for k in ("width", "ratio", "budget", "target", "start") if getattr(self, k) is not None]
+        given = [k for k in ("width", "ratio", "budget", "target", "net", "start") if getattr(self, k) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of width, ratio, budget, target and start; found {', '.join(given) or 'none'}")
+            raise ValueError(f"give exactly one of width, ratio, budget, target, net and start; found {', '.join(given) or 'none'}")
         if self.arguments and self.target is None:
             raise ValueError("arguments go with target")
-        if self.encoder and (self.target or self.start):
+        if self.encoder and (self.target or self.net or self.start):
             raise ValueError("encoder goes with width, ratio or budget; a model of one's own has the programs that it has")
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a net that is not there: what is hashed of a recipe stays what it was before there were any."""
+        whole: dict[str, Any] = dump(self)
+        return {k: v for k, v in whole.items() if k != "net" or v is not None}
 
 
 # ------------------------------------------------------------------ what is done with them
@@ -1325,6 +1332,21 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def _kind(tree: Any) -> str:
     return "nothing" if tree is None else f"a {type(tree).__name__}"
+
+
+def parse(text: str, source: str) -> Recipe:
+    """A recipe from its text.
+
+    Raises:
+        RecipeError: it is no YAML, or no recipe; a line for each problem.
+    """
+    return check(_parse(text, source))
+
+
+def in_a_line(value: Any) -> str:
+    """Plain data as YAML in one line, as a recipe's values are written."""
+    text: str = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf)
+    return text.removesuffix("...\n").strip()  # three dots end a document that is one value alone
 
 
 def dump(recipe: Recipe) -> str:

@@ -208,7 +208,8 @@ class _Plan:
         workers, _ = self.run.workers(len(groups(recipe)))
         done = sum(is_done(self.run.folder, job) for job in every)
         sizes = f" x {len(recipe.widths)} widths" if recipe.students else ""
-        text = f"{len(every)} students: {len(recipe.arms)} arms x {len(recipe.seeds)} seeds ({', '.join(map(str, recipe.seeds))}){sizes}"
+        text = f"{_count(len(every), 'student')}: {_count(len(recipe.arms), 'arm')} x {_count(len(recipe.seeds), 'seed')}"
+        text += f" ({', '.join(map(str, recipe.seeds))}){sizes}"
         yield f"{text}, {workers} side by side" + (f"; {done} of them are there" if done else "")
         each = flops(self.shop, self.shop.teacher)
         for arm in recipe.arms:
@@ -241,7 +242,7 @@ class _Plan:
         rounds = self.recipe.distill.rounds if self.recipe.distill else 1
         again = [s.n for s in self.recipe.synthesized.values() if any(term.kind == "disagreement" for term in s.energy)]
         if rounds > 1:
-            yield f"before each of {rounds - 1} rounds, {sum(again):,} images against the student"
+            yield f"before each of the last {_count(rounds - 1, 'round')} of every student, {sum(again):,} images against it"
 
     def _students_on_disk(self, workers: int) -> Iterator[str]:
         recipe, distill = self.recipe, self.recipe.distill or config.Distill()
@@ -258,7 +259,8 @@ class _Plan:
         assert section is not None  # the run's own check
         n = section.n or len(self.shop.real.test.images)
         rows = 1 + len(recipe.arms) * len(recipe.widths)
-        yield f"the teacher and {rows - 1} rows of students, at {len(recipe.seeds)} seeds, on {n:,} held-out images; {section.features}"
+        text = f"the teacher and {_count(rows - 1, 'row')} of students, at {_count(len(recipe.seeds), 'seed')}, on {n:,} held-out images"
+        yield f"{text}; {section.features}"
         with self._estimate():
             if found := self.run.memory_needed(self.run.memory_of_evaluate(section)):
                 yield found
@@ -279,6 +281,10 @@ def _bytes(net: nn.Module) -> int:
 
 def _network(net: nn.Module) -> str:
     return f"{type(net).__name__}, {parameters(net):,} parameters, {_mib(_bytes(net))}"
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 def _mib(size: float) -> str:
