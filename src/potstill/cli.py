@@ -91,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--surrogate", action="store_true", help="the surrogate's images, as a data set, in place of the student")
     push.add_argument("--license", metavar="ID", help="such as apache-2.0; nobody but you knows what the teacher's allows")
     push.add_argument("--public", action="store_true", help="if the repository is new; by default it is private")
+    completion = commands.add_parser("completion", help="print a script with which a shell completes this command line")
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"), help="the script says where to put it")
     commands.add_parser("schema", help="print the recipe's JSON schema")
     commands.add_parser("zoo", help="list the models that come with potstill")
     doctor = commands.add_parser("doctor", help="what works here; what is damaged in a run's folder; what is wrong with a model")
@@ -236,6 +238,12 @@ def _push(arguments: argparse.Namespace) -> None:
     print(publish(arguments.run, arguments.repo, arguments.folder, what, arguments.license, not arguments.public))
 
 
+def _completion(shell: str) -> None:
+    from .completion import script
+
+    print(script(shell, _parser()), end="")
+
+
 def _schema() -> None:
     from .config import Recipe
 
@@ -311,6 +319,8 @@ def _ended(words: Sequence[str], ranks: Ranks) -> tuple[int, str | None]:
     try:
         with _terminated(once=ranks.count > 1):
             match arguments.command:
+                case "completion":
+                    _completion(arguments.shell)
                 case "schema":
                     _schema()
                 case "zoo":

@@ -8,7 +8,7 @@ import math
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -1199,6 +1199,26 @@ def _known_keys(location: Sequence[int | str]) -> list[str]:
             else:
                 candidates.append(s)
     return [key for s in candidates for key in s.get("properties", {})]
+
+
+def recipe_keys() -> list[str]:
+    """Every key that an override may set, such as ``distill.generate.lr=``, but for those within lists and names of the user's own."""
+    schema = _schema()
+
+    def within(s: dict[str, Any], path: str) -> Iterator[str]:
+        if "$ref" in s:
+            yield from within(schema["$defs"][s["$ref"].rpartition("/")[2]], path)
+        elif members := s.get("anyOf", s.get("oneOf")):
+            found = [key for member in members for key in within(member, path)]
+            deeper = [key for key in found if key != f"{path}="]
+            yield from deeper or found
+        elif "properties" in s:
+            for key, value in s["properties"].items():
+                yield from within(value, f"{path}.{key}" if path else key)
+        else:
+            yield f"{path}="
+
+    return list(dict.fromkeys(within(schema, "")))
 
 
 def _problem(error: Any) -> str:
