@@ -34,6 +34,30 @@ STAGES = {
     "report": "write report.html",
 }
 DEMO = Path(__file__).parent / "demo.yaml"
+EXAMPLES = {
+    "init": ("potstill init zoo:digits-lvae", "potstill init path/to/model.pth.tar --out student.yaml"),
+    "demo": ("potstill demo", "potstill demo distill.generate.steps=1200 --out runs/longer"),
+    "run": (
+        "potstill run recipes/digits-vae.yaml --dry-run",
+        "potstill run recipes/digits-vae.yaml student.ratio=20 --out runs/small",
+    ),
+    "train": ("potstill train recipes/digits-classifier.yaml",),
+    "calibrate": ("potstill calibrate recipes/cifar10-lvae.yaml calibrate.steps=800",),
+    "synthesize": ("potstill synthesize recipes/digits-guided.yaml surrogates.guided.n=256",),
+    "distill": ("potstill distill recipes/digits-guided.yaml compute.workers=1 --log-json",),
+    "evaluate": ("potstill evaluate recipes/digits-guided.yaml",),
+    "report": ("potstill report recipes/digits-guided.yaml report.images=8",),
+    "export": ("potstill export runs/digits-demo --to onnx --int8",),
+    "compare": ("potstill compare runs/digits-demo runs/longer",),
+    "push": (
+        "potstill push runs/digits-demo --folder to-look-at",
+        "potstill push runs/digits-demo user/digits-student",
+    ),
+    "completion": ("potstill completion bash", 'eval "$(potstill completion bash)"'),
+    "schema": ("potstill schema",),
+    "zoo": ("potstill zoo",),
+    "doctor": ("potstill doctor runs/digits-demo", "potstill doctor --teacher mine:teacher --import mine"),
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,6 +129,9 @@ def _parser() -> argparse.ArgumentParser:
         help="look at this one: a folder, zoo:NAME, a Hub id, a recipe with a teacher, or module:name of a function that returns a Model",
     )
     doctor.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE", help="allow code of this module")
+    for name, command in commands.choices.items():
+        command.formatter_class = argparse.RawDescriptionHelpFormatter
+        command.epilog = "\n  ".join(["for example:", *EXAMPLES[name]])
     return parser
 
 
