@@ -137,7 +137,9 @@ def test_a_teacher_that_is_still_to_be_trained(dry):
     train = STEPS | {"model": {"kind": "lvae", "image": [1, 8, 8], "width": 4, "levels": 2, "latent": 2}}
     lines = dry(train=train, teacher={"kind": "trained"})
     assert set(stages(lines).values()) == {"to do"}
-    assert any(re.search(r"lvae: 3 updates of 8 of 36 images, \S+ \w*FLOP each", line) for line in lines)
+    assert any(re.search(r"  3 updates of 8 of 36 images, \S+ \w*FLOP each", line) for line in lines)
+    count = parameters(LVAE((1, 8, 8), 4, 2, 2))
+    assert any(line.startswith(f"  LVAE, {count:,} parameters") for line in lines)
 
 
 def test_code_that_is_imported_leaves_nothing_behind(dry, place):

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from . import build, config
@@ -148,10 +149,19 @@ class _Plan:
     # -------------------------------------------------------------- stages
 
     def _train(self) -> Iterator[str]:
-        section, images = self.recipe.train, len(self.shop.real.train.images)
+        section = self.recipe.train
         assert section is not None  # the run's own check
+        images = len(self.shop.real.train.of(section.labels).images)
         batch = min(section.batch, images)
-        text = f"{section.model.kind}: {section.steps:,} updates of {batch} of {images:,} images"
+        text = f"{section.steps:,} updates of {batch} of {images:,} images"
+        if isinstance(section.model, config.TextToImageNet):
+            yield f"{section.autoencoder.steps:,} updates of the autoencoder, then {text}"
+            return
+        with torch.device("meta"):
+            net = build.network(section.model)
+        size, states = _bytes(net), self._states(_bytes(net), bool(section.ema))
+        self.bytes += size + states
+        yield f"{_network(net)}; about {_mib(states)} of saved states while it trains"
         if (each := flops_of_train(self.shop)) is not None:
             text += f", {_operations(each * batch)} each"
             self.flops += each * batch * section.steps
@@ -221,6 +231,8 @@ class _Plan:
                     self.flops += update * steps * len(recipe.seeds)
                     phases.append(f"{name} {steps:,} updates of {batch}, {_operations(update)} each")
                 yield f"{title}: {'; '.join(phases)}"
+        if recipe.students:
+            yield "the teacher's part of an update is counted for each width, and is done once"
         yield from self._rounds()
         yield from self._students_on_disk(workers)
         if found := self.run.memory_needed(self.run.needs.get("distill"), workers, self.run.bytes_of_surrogates()):
@@ -242,17 +254,22 @@ class _Plan:
         rounds = self.recipe.distill.rounds if self.recipe.distill else 1
         again = [s.n for s in self.recipe.synthesized.values() if any(term.kind == "disagreement" for term in s.energy)]
         if rounds > 1:
-            yield f"before each of the last {_count(rounds - 1, 'round')} of every student, {sum(again):,} images against it"
+            when = "round 2" if rounds == 2 else f"each of rounds 2 to {rounds}"
+            yield f"before {when} of every student, {sum(again):,} more images, made against it, which are not counted here"
 
     def _students_on_disk(self, workers: int) -> Iterator[str]:
         recipe, distill = self.recipe, self.recipe.distill or config.Distill()
         size = 2**20 * sum(size_mib(self.shop.student_of(self.shop.teacher, 0, None, width).net) for width in recipe.widths)
         whole = size * (len(groups(recipe)) + 1)  # one of each width lies in student too
-        # Weights, the two moments of Adam, and the average of the weights.
         averaged = any(section and section.ema for section in (distill.link, distill.generate, distill.infer, distill.scratch))
-        states = _KEPT_STATES * workers * size * (4 if averaged else 3)
+        states = workers * self._states(size, averaged)
         self.bytes += whole + states
         yield f"{_mib(whole)} of students on disk, and about {_mib(states)} of saved states while they train"
+
+    @staticmethod
+    def _states(size: float, averaged: bool) -> float:
+        """Bytes of a training's states: weights, the two moments of Adam, and the average of the weights, if there is one."""
+        return _KEPT_STATES * size * (4 if averaged else 3)
 
     def _evaluate(self) -> Iterator[str]:
         section, recipe = self.recipe.evaluate, self.recipe
