@@ -181,6 +181,17 @@ def test_operations_as_torch_counts_them():
     assert operations.count == counter.get_total_flops() > 0
 
 
+def test_operations_of_attention():
+    query, key = (torch.rand(2, 3, n, 4, requires_grad=True) for n in (5, 7))
+    with Operations() as operations:
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, key)
+    products = 2 * (2 * 3 * 5 * 7 * 4)  # of queries and keys, and of those and values
+    assert operations.count == 2 * products
+    with Operations() as operations:
+        out.sum().backward()
+    assert operations.count == 5 * products  # the first product is done again
+
+
 def test_disk_is_enough_for_what_is_written(dry, place):
     lines = "\n".join(dry())
     limit = float(re.search(r"surrogate: 16 images, ancestral, at most (\S+) MiB on disk", lines)[1])
