@@ -162,7 +162,7 @@ class Run:
             if {"distill", "evaluate"} & set(stages):
                 self._check_data(classes, labels_shown(teacher))
             if "distill" in stages:
-                if "synthesize" not in stages and not all((self.folder / f / "manifest.json").exists() for f in self.images_needed):
+                if "synthesize" not in stages and not all((self.folder / f / "manifest.json").exists() for f in self._images_needed):
                     raise BadInput("distill: no surrogate yet; run the synthesize stage first")
                 if not self.is_done("distill"):
                     self.needs["distill"] = rehearse(self.shop, teacher)
@@ -226,7 +226,7 @@ class Run:
         return any(arm.real for arm in self.recipe.arms)
 
     @property
-    def images_needed(self) -> list[str]:
+    def _images_needed(self) -> list[str]:
         """Folders of the surrogates that distill trains on."""
         return sorted({f for arm in self.recipe.arms for f in self.recipe.every_image_of(arm)}) if self.recipe.distill else []
 
@@ -505,7 +505,7 @@ class Run:
     def bytes_of_surrogates(self) -> int:
         """Bytes of the images that trainings hold in memory; those of a storage are on the disk."""
         images = self.shop.teacher.images
-        here = [self.recipe.synthesized[folder] for folder in self.images_needed]
+        here = [self.recipe.synthesized[folder] for folder in self._images_needed]
         return sum(s.n for s in here if not s.store) * math.prod(images.shape) * (1 if images.pixels else 4)
 
     def evaluate(self) -> None:
@@ -634,11 +634,11 @@ class Run:
 
     def _inputs_of_distill(self, depends: dict[str, Any]) -> Inputs:
         recipe = self.recipe
-        depends["surrogate"] = {folder: surrogate.digest(self.folder / folder) for folder in self.images_needed}
+        depends["surrogate"] = {folder: surrogate.digest(self.folder / folder) for folder in self._images_needed}
         depends["pixels"] = self.shop.pixels[0] if self._data_needed else None
         if (width := self.shop.width(self.shop.teacher)) is not None:
             depends["width"] = width
-        if self.starts_calibrated:
+        if self._starts_calibrated:
             depends["calibrated"] = digest_of(self.shop.calibrated)
         identity = fingerprint(_plain(depends))
 
@@ -660,7 +660,7 @@ class Run:
         return depends
 
     @property
-    def starts_calibrated(self) -> bool:
+    def _starts_calibrated(self) -> bool:
         """Whether an arm's students learn on calibrated noise."""
         return any(self.recipe.start_of(arm, "generate") == "calibrated" for arm in self.recipe.arms)
 
