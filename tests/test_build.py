@@ -177,3 +177,16 @@ def test_the_cores_of_a_container(monkeypatch, content, expected):
     monkeypatch.setattr(build.os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
     monkeypatch.setattr(Path, "read_text", lambda _: content)
     assert build.cores() == expected
+
+
+def test_a_student_of_another_architecture():
+    teacher = VAE((1, 8, 8), 8, 3).model().frozen()
+    section = config.Student.model_validate({"net": {"kind": "vae", "image": [1, 8, 8], "width": 2, "latent": 3}})
+    student = build.student(section, teacher, 0, ())
+    assert isinstance(student.net, VAE)
+    assert (student.net.width, student.net.latent) == (2, 3)
+    assert "net" in section.model_dump()
+    assert "net" not in config.Student(width=2).model_dump()  # what was hashed of a recipe stays as it was
+    other = config.Student.model_validate({"net": {"kind": "vae", "image": [1, 4, 4], "width": 2, "latent": 3}})
+    with pytest.raises(BadInput, match=r"student: makes images of \(1, 4, 4\), the teacher of \(1, 8, 8\)"):
+        build.student(other, teacher, 0, ())

@@ -1,15 +1,18 @@
 """The command line: exit codes, one clear line for each mistake, no traceback, and nothing written when the input is wrong."""
 
+import argparse
 import io
 import json
 import os
 import pickle
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,11 +20,13 @@ import torch
 from PIL import Image
 
 from potstill import __version__, cli
-from potstill.config import Recipe
+from potstill.config import Recipe, read
 from potstill.families.classifier import Classifier
 from potstill.families.vae import VAE
 from potstill.state import lock, read_tensors, write_tensors
 from runs import digits_like, environment, results, snapshot
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -249,7 +254,7 @@ def test_a_teacher_from_the_hub(place, refused, monkeypatch):
     for path in ("/other/model", "./other", "../model", "~/model", "a/b/c"):
         refused(f"{path}: no such folder", teacher={"kind": "pretrained", "path": path})
     assert place.run("synthesize", teacher={"kind": "pretrained", "path": "some/model"}) == 0
-    files = {"allow_patterns": ["config.json", "model.safetensors", "model_index.json"]}
+    files = {"allow_patterns": ["config.json", "model.safetensors", "noise_map.safetensors", "model_index.json"]}
     assert asked == [("other/model", files), ("some/model", files)]
 
 
@@ -697,3 +702,26 @@ def test_progress_is_shown_unless_quiet(place, capsys):
     assert re.fullmatch(r"synthesize\n  surrogate: about \d+\.\d GiB of memory\n", capsys.readouterr().err)
     assert cli.main(["synthesize", str(place.write()), "--out", str(place.out)]) == 0
     assert capsys.readouterr().err == "synthesize: done already\n"
+
+
+# ------------------------------------------------------------------ help
+
+
+def commands():
+    (found,) = [action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    return list(found.choices)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_the_examples_of_the_help_work(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    examples = capsys.readouterr().out.partition("\nfor example:\n")[2].splitlines()
+    assert examples
+    for example in examples:
+        assert example.startswith("  ")
+        _, _, words = example.removeprefix('  eval "$(').removesuffix(')"').strip().partition("potstill ")
+        arguments = cli._arguments(shlex.split(words))
+        assert arguments.command == command
+        if hasattr(arguments, "overrides"):
+            read(ROOT / arguments.recipe if command != "demo" else cli.DEMO, arguments.overrides)

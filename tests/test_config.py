@@ -188,9 +188,30 @@ def test_an_unknown_key_is_named_and_the_nearest_suggested(tmp_path, text, expec
     [
         (
             "data: {kind: fodler, path: x}",
-            "data: input tag 'fodler' found using 'kind' does not match any of the expected tags: 'digits', 'glyphs', 'folder'",
+            "data.kind: one of digits, glyphs, folder, parquet, npz, values, old_faithful, strokes is expected (found 'fodler'); "
+            "did you mean folder?",
         ),
-        ("data: {path: x}", "data: unable to extract tag using discriminator 'kind'"),
+        ("data: {path: x}", "data: its kind is missing"),
+        ("surrogate: 3", "surrogate: a mapping is expected"),
+        (
+            "surrogate: {kind: gided}",
+            "surrogate.kind: one of ancestral, uniform, inversion, latent, guided is expected (found 'gided'); did you mean guided?",
+        ),
+        ("surrogates: {a: {kind: latnt}}", "surrogates.a.kind: one of ancestral, uniform, inversion, latent, guided is expected (found 'l"),
+        ("surrogate: {kind: [1]}", "surrogate.kind: one of ancestral, uniform, inversion, latent, guided is expected (found [1])"),
+        (
+            "teacher: {kind: weights, path: x, net: {kind: lvea}}",
+            "teacher.net.kind: one of lvae, vae, gan, classifier, resnet, unet, helmholtz, vrnn, text_to_image is expected (found 'lvea'); "
+            "did you mean lvae?",
+        ),
+        (
+            "arms: [with_dta]",
+            "arms.0.kind: input should be 'data_free', 'with_data', 'scratch' or 'continual' (found 'with_dta'); did you mean with_data?",
+        ),
+        (
+            "compute: {device: gpu}",
+            "compute.device: input should be 'auto', 'cpu', 'cuda' or 'mps' (found 'gpu')",
+        ),
         ("data: {kind: folder}", "data.path: field required"),
         ("data: {kind: folder, path: ''}", "data.path: string should have at least 1 character"),
         ('data: {kind: folder, path: "a\\0b"}', "data.path: a line of printable characters is expected (found 'a\\x00b')"),
@@ -198,8 +219,8 @@ def test_an_unknown_key_is_named_and_the_nearest_suggested(tmp_path, text, expec
         ("seeds: 3", "seeds: a list is expected (found 3)"),
         ("arms: {}", "arms: a list is expected"),
         ("compute: [1]", "compute: a mapping is expected"),
-        ("student: {}", "student: give exactly one of width, ratio, budget, target and start; found none"),
-        ("student: {width: 3, ratio: 2}", "student: give exactly one of width, ratio, budget, target and start; found width, ratio"),
+        ("student: {}", "student: give exactly one of width, ratio, budget, target, net and start; found none"),
+        ("student: {width: 3, ratio: 2}", "student: give exactly one of width, ratio, budget, target, net and start; found width, ratio"),
         ("student: {budget: {}}", "student.budget: give exactly one of params, mib and ms; found none"),
         ("student: {budget: {mib: 1, ms: 2}}", "student.budget: give exactly one of params, mib and ms; found mib, ms"),
         ("student: {budget: {ms: 0}}", "student.budget.ms: input should be greater than 0"),

@@ -203,7 +203,7 @@ def test_what_cannot_be_replayed_is_named(place, capsys):
     [
         ({"evaluate": SECTIONS["evaluate"] | {"groups": {"none": [9]}}}, "evaluate.groups.none: none of its labels"),
         ({"distill": SECTIONS["distill"] | {"labels": [9]}}, "data: 0 images of the labels 9"),
-        ({"student": {"start": "teacher", "width": 2}}, "give exactly one of width, ratio, budget, target and start"),
+        ({"student": {"start": "teacher", "width": 2}}, "give exactly one of width, ratio, budget, target, net and start"),
         ({"student": {"start": "teacher", "encoder": True}}, "encoder goes with width, ratio or budget"),
         ({"distill": SECTIONS["distill"] | {"continual": STEPS | {"new": 1.0}}}, "distill.continual.new"),
         ({"distill": SECTIONS["distill"] | {"continual": STEPS | {"elbo": 0}}}, "nothing is replayed"),

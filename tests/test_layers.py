@@ -43,15 +43,19 @@ ORDER = [
     "report",
     "build",
     "doctor",
+    "init",
     "simple",
     "jobs",
     "inventory",
     "progress",
     "worker",
     "pipeline",
+    "plan",
     "export",
     "publish",
     "compare",
+    "publish",
+    "completion",
     "cli",
     "__main__",
 ]
@@ -247,12 +251,18 @@ def test_importing_the_library_loads_nothing_heavy(tmp_path, code):
     assert loaded_by(code, tmp_path)[1] == []
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["init", "--help"], ["--version"]])
 def test_help_loads_nothing_heavy(tmp_path, arguments):
     done, loaded = loaded_by(f"from potstill.cli import main; sys.exit(main({arguments}))", tmp_path)
     assert done.returncode == 0
     assert "potstill" in done.stdout
     assert loaded == []
+
+
+def test_a_script_for_a_shell_is_printed_without_torch(tmp_path):
+    done, loaded = loaded_by("from potstill.cli import main; sys.exit(main(['completion', 'bash']))", tmp_path)
+    assert done.returncode == 0
+    assert not {"torch", "numpy", "matplotlib"} & set(loaded)
 
 
 @pytest.mark.parametrize("recipe", [None, "name: [", "nome: x"], ids=["missing", "no YAML", "wrong"])

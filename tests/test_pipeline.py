@@ -307,7 +307,7 @@ def test_the_threads_of_a_training_do_not_depend_on_what_is_left_to_do(place, mo
 
     def workers(todo, **compute):
         run = pipeline.Run(config.check(RECIPE | {"compute": {"device": "cpu", **compute}}), place.out, (), None)  # type: ignore[arg-type]
-        return run._workers(todo)
+        return run.workers(todo)
 
     assert workers(6) == (6, 1)  # six students on eight cores
     assert workers(1) == (1, 1)

@@ -374,7 +374,7 @@ def test_a_verdict_is_among_students_of_one_size():
         ({"student": None, "students": [2, 5]}, "student: width 5 is wider than the teacher's 4"),
         (
             {"student": None, "students": [2], "teacher": {"kind": "python", "target": "own:teacher"}},
-            "student: width, ratio, budget and start are for potstill's own families; the teacher is a Linear. Give a target",
+            "student: width, ratio, budget and start are for potstill's own families; the teacher is a Linear. Give a net or a target",
         ),
     ],
 )

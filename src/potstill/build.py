@@ -502,7 +502,9 @@ def width_within(budget: config.Budget, of: Model, encoder: bool = False, thread
 def _shrinkable(of: Model) -> Network:
     if not isinstance(of.net, Network):
         what = type(of.net).__name__
-        raise BadInput(f"student: width, ratio, budget and start are for potstill's own families; the teacher is a {what}. Give a target")
+        raise BadInput(
+            f"student: width, ratio, budget and start are for potstill's own families; the teacher is a {what}. Give a net or a target"
+        )
     return of.net
 
 
@@ -533,6 +535,11 @@ def student(section: config.Student, of: Model, seed: int, allowed: Sequence[str
     elif section.target is not None:
         target = section.target
         model = born(seed, "student", lambda: _own_model(target, allowed, **section.arguments))
+    elif section.net is not None:
+        described = section.net
+        if chain is not None and isinstance(described, config.UNetNet):
+            described = described.model_copy(update={"steps": chain})
+        model = born(seed, "student", lambda: network(described)).model()
     else:
         net = _shrinkable(of)
         if section.encoder and not isinstance(net, GAN):

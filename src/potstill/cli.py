@@ -14,13 +14,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .errors import BadInput, Failed, shown
 from .ranks import ALONE, Ranks, launched, together
 from .store import is_url
 from .worker import INTERRUPTED
+
+if TYPE_CHECKING:
+    from .config import Recipe
 
 STAGES = {
     "train": "train a teacher or a feature network on real data (the data owner's side)",
@@ -31,6 +34,30 @@ STAGES = {
     "report": "write report.html",
 }
 DEMO = Path(__file__).parent / "demo.yaml"
+EXAMPLES = {
+    "init": ("potstill init zoo:digits-lvae", "potstill init path/to/model.pth.tar --out student.yaml"),
+    "demo": ("potstill demo", "potstill demo distill.generate.steps=1200 --out runs/longer"),
+    "run": (
+        "potstill run recipes/digits-vae.yaml --dry-run",
+        "potstill run recipes/digits-vae.yaml student.ratio=20 --out runs/small",
+    ),
+    "train": ("potstill train recipes/digits-classifier.yaml",),
+    "calibrate": ("potstill calibrate recipes/cifar10-lvae.yaml calibrate.steps=800",),
+    "synthesize": ("potstill synthesize recipes/digits-guided.yaml surrogates.guided.n=256",),
+    "distill": ("potstill distill recipes/digits-guided.yaml compute.workers=1 --log-json",),
+    "evaluate": ("potstill evaluate recipes/digits-guided.yaml",),
+    "report": ("potstill report recipes/digits-guided.yaml report.images=8",),
+    "export": ("potstill export runs/digits-demo --to onnx --int8",),
+    "compare": ("potstill compare runs/digits-demo runs/longer",),
+    "push": (
+        "potstill push runs/digits-demo --folder to-look-at",
+        "potstill push runs/digits-demo user/digits-student",
+    ),
+    "completion": ("potstill completion bash", 'eval "$(potstill completion bash)"'),
+    "schema": ("potstill schema",),
+    "zoo": ("potstill zoo",),
+    "doctor": ("potstill doctor runs/digits-demo", "potstill doctor --teacher mine:teacher --import mine"),
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("recipe", help="a YAML file; see potstill schema")
         command.add_argument("overrides", nargs="*", metavar="a.b=value", help="values that replace the recipe's")
         command.add_argument("--out", metavar="DIR", help="folder of the run; by default runs/NAME")
+        command.add_argument("--dry-run", action="store_true", help="check everything, print the plan and its cost, write nothing")
         command.add_argument(
             "--import", dest="modules", action="append", default=[], metavar="MODULE", help="allow the recipe to run code of this module"
         )
@@ -60,6 +88,14 @@ def _parser() -> argparse.ArgumentParser:
             "of its own, such as task, done, total, images_per_second, seconds_left, memory_bytes and loss; stdout stays as it is",
         )
 
+    init = commands.add_parser("init", help="look at a checkpoint, and write a recipe for it that runs as it is")
+    init.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a folder of potstill's, of diffusers, of transformers or of pythae, zoo:NAME, a Hub id, a KD4DGM checkpoint, or module:name",
+    )
+    init.add_argument("--out", type=Path, default=Path("recipe.yaml"), metavar="FILE", help="by default recipe.yaml; never overwritten")
+    init.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE", help="allow code of this module")
     with_run("demo", "the embedded example: a digits LVAE from the zoo becomes 12 times smaller, offline", recipe=False)
     with_run("run", "every stage that the recipe has")
     for name, help in STAGES.items():
@@ -79,6 +115,8 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--surrogate", action="store_true", help="the surrogate's images, as a data set, in place of the student")
     push.add_argument("--license", metavar="ID", help="such as apache-2.0; nobody but you knows what the teacher's allows")
     push.add_argument("--public", action="store_true", help="if the repository is new; by default it is private")
+    completion = commands.add_parser("completion", help="print a script with which a shell completes this command line")
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"), help="the script says where to put it")
     commands.add_parser("schema", help="print the recipe's JSON schema")
     commands.add_parser("zoo", help="list the models that come with potstill")
     doctor = commands.add_parser("doctor", help="what works here; what is damaged in a run's folder; what is wrong with a model")
@@ -91,6 +129,9 @@ def _parser() -> argparse.ArgumentParser:
         help="look at this one: a folder, zoo:NAME, a Hub id, a recipe with a teacher, or module:name of a function that returns a Model",
     )
     doctor.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE", help="allow code of this module")
+    for name, command in commands.choices.items():
+        command.formatter_class = argparse.RawDescriptionHelpFormatter
+        command.epilog = "\n  ".join(["for example:", *EXAMPLES[name]])
     return parser
 
 
@@ -104,11 +145,14 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     folder = Path(arguments.out) if arguments.out else Path("runs") / recipe.name
     if arguments.modules:
         sys.path.insert(0, os.getcwd())  # where an allowed module is looked for first, as python -m does
+    stages = None if arguments.command in ("demo", "run") else (arguments.command,)
+    if arguments.dry_run:
+        _dry_run(recipe, folder, stages, tuple(arguments.modules), ranks)
+        return
     from . import pipeline
     from .report.tables import text_table, verdict
     from .state import read_json
 
-    stages = None if arguments.command in ("demo", "run") else (arguments.command,)
     pipeline.execute(recipe, folder, stages, tuple(arguments.modules), arguments.quiet, ranks, arguments.log_json)
     metrics = folder / "metrics.json"
     if arguments.command in ("demo", "run", "evaluate") and metrics.exists():
@@ -117,6 +161,14 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         print(verdict(found))
     if (folder / "report.html").exists() and arguments.command in ("demo", "run", "report"):
         print(f"report: {folder / 'report.html'}")
+
+
+def _dry_run(recipe: Recipe, folder: Path, stages: tuple[str, ...] | None, modules: tuple[str, ...], ranks: Ranks) -> None:
+    if ranks.first:
+        from .plan import plan
+
+        print(shown("\n".join(plan(recipe, folder, stages, modules))))
+    ranks.wait()
 
 
 def _zoo() -> None:
@@ -183,6 +235,14 @@ def _examine(teacher: str, modules: Sequence[str]) -> None:
     print("\n".join([*summary(model), "nothing wrong was found"]))
 
 
+def _init(model: str, out: Path, modules: Sequence[str]) -> None:
+    if modules:
+        sys.path.insert(0, os.getcwd())
+    from .init import init
+
+    print(shown("\n".join(init(model, out, modules))))
+
+
 def _export(arguments: argparse.Namespace) -> None:
     if arguments.modules:
         sys.path.insert(0, os.getcwd())
@@ -203,6 +263,12 @@ def _push(arguments: argparse.Namespace) -> None:
 
     what: Any = "surrogate" if arguments.surrogate else "student"
     print(publish(arguments.run, arguments.repo, arguments.folder, what, arguments.license, not arguments.public))
+
+
+def _completion(shell: str) -> None:
+    from .completion import script
+
+    print(script(shell, _parser()), end="")
 
 
 def _schema() -> None:
@@ -280,12 +346,16 @@ def _ended(words: Sequence[str], ranks: Ranks) -> tuple[int, str | None]:
     try:
         with _terminated(once=ranks.count > 1):
             match arguments.command:
+                case "completion":
+                    _completion(arguments.shell)
                 case "schema":
                     _schema()
                 case "zoo":
                     _zoo()
                 case "doctor":
                     _doctor(arguments.run, arguments.teacher, arguments.modules)
+                case "init":
+                    _init(arguments.model, arguments.out, arguments.modules)
                 case "export":
                     _export(arguments)
                 case "compare":

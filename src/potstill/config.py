@@ -8,7 +8,7 @@ import math
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -387,7 +387,7 @@ class Budget(Section):
 
 
 class Student(Section):
-    """The teacher's architecture with another width, given or found, or a model of one's own, or the teacher. Exactly one of the five."""
+    """The teacher's architecture with another width, given or found, or another network, or the teacher. Exactly one of the six."""
 
     width: Count | None = Field(default=None, description="channels of the student's hidden maps")
     ratio: Annotated[float, Field(gt=1), _NUMERIC] | None = Field(
@@ -395,20 +395,27 @@ class Student(Section):
     )
     budget: Budget | None = Field(default=None, description="what it may cost; the largest width within it is found")
     target: Target | None = Field(default=None, description="module:name of a function that returns a Model")
+    net: Net | None = Field(default=None, description="a network of potstill's own, where the teacher's architecture is another's")
     start: Literal["teacher"] | None = Field(default=None, description="a copy of the teacher, weights and all, which goes on learning")
     arguments: Arguments = {}
     encoder: bool = Field(default=False, description="give the student of a GAN without an encoder one, which the phase infer trains")
 
     @model_validator(mode="after")
     def _one(self) -> Student:
-        given = [k for k in ("width", "ratio", "budget", "target", "start") if getattr(self, k) is not None]
+        given = [k for k in ("width", "ratio", "budget", "target", "net", "start") if getattr(self, k) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of width, ratio, budget, target and start; found {', '.join(given) or 'none'}")
+            raise ValueError(f"give exactly one of width, ratio, budget, target, net and start; found {', '.join(given) or 'none'}")
         if self.arguments and self.target is None:
             raise ValueError("arguments go with target")
-        if self.encoder and (self.target or self.start):
+        if self.encoder and (self.target or self.net or self.start):
             raise ValueError("encoder goes with width, ratio or budget; a model of one's own has the programs that it has")
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a net that is not there: what is hashed of a recipe stays what it was before there were any."""
+        whole: dict[str, Any] = dump(self)
+        return {k: v for k, v in whole.items() if k != "net" or v is not None}
 
 
 # ------------------------------------------------------------------ what is done with them
@@ -655,9 +662,7 @@ Surrogate = Annotated[
     | Annotated[Inversion, Tag("inversion")]
     | Annotated[Latent, Tag("latent")]
     | Annotated[Guided, Tag("guided")],
-    Discriminator(
-        _surrogate_kind, custom_error_type="kind", custom_error_message="kind: ancestral, uniform, inversion, latent or guided is expected"
-    ),
+    Discriminator(_surrogate_kind),
 ]
 
 
@@ -1227,12 +1232,36 @@ def _known_keys(location: Sequence[int | str]) -> list[str]:
     return [key for s in candidates for key in s.get("properties", {})]
 
 
+def recipe_keys() -> list[str]:
+    """Every key that an override may set, such as ``distill.generate.lr=``, but for those within lists and names of the user's own."""
+    schema = _schema()
+
+    def within(s: dict[str, Any], path: str) -> Iterator[str]:
+        if "$ref" in s:
+            yield from within(schema["$defs"][s["$ref"].rpartition("/")[2]], path)
+        elif members := s.get("anyOf", s.get("oneOf")):
+            found = [key for member in members for key in within(member, path)]
+            deeper = [key for key in found if key != f"{path}="]
+            yield from deeper or found
+        elif "properties" in s:
+            for key, value in s["properties"].items():
+                yield from within(value, f"{path}.{key}" if path else key)
+        else:
+            yield f"{path}="
+
+    return list(dict.fromkeys(within(schema, "")))
+
+
 def _problem(error: Any) -> str:
     location = error["loc"]
     path = _dotted(location)
     if error["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(str(location[-1]), _known_keys(location[:-1]), n=1)
-        return f"{path}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
+        return f"{path}: unknown key{_meant(location[-1], _known_keys(location[:-1]))}"
+    if error["type"] == "union_tag_not_found":
+        return f"{path}: {'its kind is missing' if isinstance(error['input'], dict) else _WORDS['dict_type']}"
+    if error["type"] == "union_tag_invalid":
+        kinds, kind = _choices(error), error["input"]["kind"]
+        return f"{path}.kind: one of {', '.join(kinds)} is expected (found {_SHORT.repr(kind)}){_meant(kind, kinds)}"
     message = _WORDS.get(error["type"]) or error["msg"].removeprefix("Value error, ").replace("Tuple should", "A list should")
     if not location and error["type"] == "value_error":
         return message  # of Recipe's own check, whose lines name their section
@@ -1240,7 +1269,19 @@ def _problem(error: Any) -> str:
     # An address is not repeated: where it is wrong, it may hold a secret in a way that nobody has thought of.
     hidden = isinstance(found, (dict, list, tuple)) or error["type"] == "missing" or (isinstance(found, str) and is_url(found))
     shown = "" if hidden else f" (found {_SHORT.repr(found)})"
-    return f"{path or 'recipe'}: {message[0].lower() + message[1:]}{shown}"
+    return f"{path or 'recipe'}: {message[0].lower() + message[1:]}{shown}{_meant(found, _choices(error))}"
+
+
+def _choices(error: Any) -> list[str]:
+    """The values that one of a few could have had, of an error that tells them."""
+    told = error.get("ctx", {})
+    return re.findall(r"'([^']*)'", str(told.get("expected_tags") or told.get("expected") or ""))
+
+
+def _meant(found: Any, known: Sequence[str]) -> str:
+    """A suggestion, where what was found is much like one that is known."""
+    close = difflib.get_close_matches(str(found), known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 # pydantic speaks of Python, but a recipe is YAML.
@@ -1342,6 +1383,21 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def _kind(tree: Any) -> str:
     return "nothing" if tree is None else f"a {type(tree).__name__}"
+
+
+def parse(text: str, source: str) -> Recipe:
+    """A recipe from its text.
+
+    Raises:
+        RecipeError: it is no YAML, or no recipe; a line for each problem.
+    """
+    return check(_parse(text, source))
+
+
+def in_a_line(value: Any) -> str:
+    """Plain data as YAML in one line, as a recipe's values are written."""
+    text: str = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf)
+    return text.removesuffix("...\n").strip()  # three dots end a document that is one value alone
 
 
 def dump(recipe: Recipe) -> str:

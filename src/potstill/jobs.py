@@ -31,7 +31,7 @@ from .distill.trackers import tracked
 from .divergence import total
 from .energy.view import Energy
 from .errors import BadInput, BrokenFile, Locked
-from .evaluate.cost import needed, parameters
+from .evaluate.cost import Operations, needed, parameters
 from .families.chain import DenoisingLoss
 from .families.classifier import classes_of
 from .families.diffusion import Autoencoding, Denoising, TextToImage, UNet, chain_of
@@ -455,6 +455,8 @@ def _learns(distill: config.Distill, arm: config.Arm, student: Model, name: str)
 
     They are the generator's, then those that only inference uses; all that inference uses where no phase trains the generator.
     """
+    if not arm.distilled:
+        return {name for name, _ in student.net.named_parameters()}
     # A link and the chain that it is of use the same network.
     generator = "generate" if student.link is None else "link"
     before = reached(student, generator) if distill.generators(arm) else set()
@@ -526,20 +528,6 @@ def rehearse(shop: Workshop, teacher: Model) -> int:
     classes = classes_of(teacher)
     if any(arm.kind == "continual" for arm in shop.recipe.arms):
         _check_continual(teacher)
-    noise, gray = Noise((0, "rehearsal")), torch.full((2, *teacher.images.shape), 0.5, device=shop.device)
-    labels = torch.zeros(2, dtype=torch.int64, device=shop.device)
-
-    def scratch(arm: config.Arm, student: Model, adversary: Adversary | None) -> dict[str, Tensor]:
-        if adversary is not None:
-            return AdversarialTraining(student, adversary)(noise, gray, labels)
-        if chain := chain_of(student):
-            if isinstance(student.net, LatentDiffusion):
-                raise BadInput("arms: scratch is not for text-to-image students, which would need a text for each real image")
-            if arm.surrogate and chain.conditions:
-                raise BadInput(f"arm {arm.title}: a surrogate has no labels, which the student is told")
-            return DenoisingLoss(student.net, chain)(noise, gray, labels)
-        return likelihood(student)(noise, gray) if classes is None else Classification(student)(noise, gray, labels)
-
     updating: dict[tuple[str, str], int] = {}
     learning: dict[tuple[str, str], int] = {}
     for arm, width in product(shop.recipe.arms, shop.recipe.widths):
@@ -555,24 +543,8 @@ def rehearse(shop: Workshop, teacher: Model) -> int:
                 check_unrolled(student, distill.generate.batch)
             try:
                 with keeping() as kept:
-                    if name == "scratch":
-                        losses, learns = scratch(arm, student, adversary), {n for n, _ in student.net.named_parameters()}
-                    elif name == "continual":
-                        losses, learns = (
-                            _continual(distill.continual, teacher, student)(noise, gray),
-                            {n for n, _ in student.net.named_parameters()},
-                        )
-                    elif plain == "link" and (pool := _pool(shop.recipe, arm, teacher, student, 0, 2)):
-                        losses, learns = pool(noise, torch.arange(2)), _learns(distill, arm, student, plain)
-                    else:
-                        images = gray if arm.kind != "data_free" or shop.recipe.images_of(arm, plain) else None
-                        if plain == "generate" and images is not None and teacher.infer is None:
-                            raise BadInput(
-                                f"arm {arm.title}, generate: begins with images, but the teacher, a {type(teacher.net).__name__}, does not "
-                                "infer the noise behind them; use data_free arms that start from noise"
-                            )
-                        losses = _objective(distill, arm, plain, teacher, student, adversary, shop.energy_of(arm))(noise, images, 2)
-                        learns = _learns(distill, arm, student, plain)
+                    losses = _rehearsed(shop, teacher, arm, name, student, adversary)()
+                    learns = _learns(distill, arm, student, plain)
                 shape = tuple(total(losses).shape) if losses else None
                 held = sum(kept.values()) // 2
             except BadInput:
@@ -592,21 +564,115 @@ def rehearse(shop: Workshop, teacher: Model) -> int:
     return max((size + learning[at] for at, size in updating.items()), default=0)
 
 
-def memory_of_train(shop: Workshop) -> int | None:
-    """About how many bytes the training of the recipe's ``train`` section needs beside its images, or ``None`` where that is not known."""
+def _rehearsed(
+    shop: Workshop, teacher: Model, arm: config.Arm, name: str, student: Model, adversary: Adversary | None
+) -> Callable[[], dict[str, Tensor]]:
+    """What finds the losses of a phase of an arm, on two samples."""
+    distill, plain = shop.recipe.distill or config.Distill(), _plain_name(name)
+    noise, gray = Noise((0, "rehearsal")), torch.full((2, *teacher.images.shape), 0.5, device=shop.device)
+    if name == "scratch":
+        return _scratch(arm, student, adversary, classes_of(teacher) is not None, noise, gray)
+    if name == "continual":
+        learning = _continual(distill.continual, teacher, student)
+        return lambda: learning(noise, gray)
+    if plain == "link" and (pool := _pool(shop.recipe, arm, teacher, student, 0, 2)):
+        return lambda: pool(noise, torch.arange(2))
+    images = gray if arm.kind != "data_free" or shop.recipe.images_of(arm, plain) else None
+    if plain == "generate" and images is not None and teacher.infer is None:
+        raise BadInput(
+            f"arm {arm.title}, generate: begins with images, but the teacher, a {type(teacher.net).__name__}, does not "
+            "infer the noise behind them; use data_free arms that start from noise"
+        )
+    objective = _objective(distill, arm, plain, teacher, student, adversary, shop.energy_of(arm))
+    return lambda: objective(noise, images, 2)
+
+
+def _scratch(
+    arm: config.Arm, student: Model, adversary: Adversary | None, classifier: bool, noise: Noise, images: Tensor
+) -> Callable[[], dict[str, Tensor]]:
+    """What finds the losses of a student without a teacher, on images that are all of label 0 where it is told labels."""
+    labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    if adversary is not None:
+        against = AdversarialTraining(student, adversary)
+        return lambda: against(noise, images, labels)
+    if chain := chain_of(student):
+        if isinstance(student.net, LatentDiffusion):
+            raise BadInput("arms: scratch is not for text-to-image students, which would need a text for each real image")
+        if arm.surrogate and chain.conditions:
+            raise BadInput(f"arm {arm.title}: a surrogate has no labels, which the student is told")
+        denoising = DenoisingLoss(student.net, chain)
+        return lambda: denoising(noise, images, labels)
+    if classifier:
+        classification = Classification(student)
+        return lambda: classification(noise, images, labels)
+    own = likelihood(student)
+    return lambda: own(noise, images)
+
+
+def flops(shop: Workshop, teacher: Model) -> dict[str, dict[str, int]]:
+    """About how many floating-point operations a sample of an update takes, by the student's title and the phase.
+
+    They are counted on two samples of the networks themselves: the teacher forward, the student forward and backward, and what else the
+    phase's loss has.
+    """
+    distill, found = shop.recipe.distill or config.Distill(), dict[str, dict[str, int]]()
+    for arm, width in product(shop.recipe.arms, shop.recipe.widths):
+        student = shop.student_of(teacher, 0, arm.chain, width)
+        adversary = adversary_of(shop.recipe, arm, student, 0)
+        counts = found[Job(arm, 0, width).title] = {}
+        for name in updates(shop.recipe, arm):
+            train_only(student.net, _learns(distill, arm, student, _plain_name(name)))
+            counts[name] = _counted(_rehearsed(shop, teacher, arm, name, student, adversary)) // 2
+    return found
+
+
+def _counted(update: Callable[[], dict[str, Tensor]]) -> int:
+    """Floating-point operations of an update, forward and backward."""
+    update()  # what is done once, such as filling a pool, is not counted
+    with Operations() as operations:
+        total(update()).mean().backward()
+    return operations.count
+
+
+def flops_of_calibration(shop: Workshop) -> int:
+    """As :func:`flops`, of the calibration."""
+    calibration = _calibration(shop, NoiseMap(shop.teacher))
+    return _counted(lambda: calibration(Noise((0, "rehearsal")), 4)) // 4
+
+
+def flops_of_train(shop: Workshop) -> int | None:
+    """As :func:`flops`, of the recipe's ``train`` section, or ``None`` where that is not known."""
+    if (stand_in := _stand_in(shop)) is None:
+        return None
+    return _counted(stand_in[1]) // 2
+
+
+def _stand_in(shop: Workshop) -> tuple[torch.nn.Module, Callable[[], dict[str, Tensor]]] | None:
+    """All that learns by the recipe's ``train`` section, fresh, and what finds its losses on two images."""
     section = shop.recipe.train
     if section is None or isinstance(section.model, config.TextToImageNet):
         return None
     described = section.model
+    model: Model = build.born(0, "stand-in", lambda: build.network(described)).model()
+    model.net.to(shop.device)
+    adversary = build.adversary(section.discriminator, model, 0) if trained_adversarially(model) else None
+    classifies = isinstance(described, config.CLASSIFIERS)
+    phase = _from_scratch(shop, model, adversary, section, "train", classifies, shop.real.train)("train")
+    batch = Batch(Noise((0, "memory")).at(range(2)), torch.arange(2), 2, 0)
+    return _with(model, adversary), partial(phase.loss, phase.objective, batch)
+
+
+def memory_of_train(shop: Workshop) -> int | None:
+    """About how many bytes the training of the recipe's ``train`` section needs beside its images, or ``None`` where that is not known."""
+    section = shop.recipe.train
     try:
-        model: Model = build.born(0, "stand-in", lambda: build.network(described)).model()
-        model.net.to(shop.device)
-        adversary = build.adversary(section.discriminator, model, 0) if trained_adversarially(model) else None
-        classifies = isinstance(section.model, config.CLASSIFIERS)
-        phase = _from_scratch(shop, model, adversary, section, "train", classifies, shop.real.train)("train")
+        stand_in = _stand_in(shop)
+        if section is None or stand_in is None:
+            return None
+        learning, update = stand_in
         with needed() as held:
-            losses = phase.loss(phase.objective, Batch(Noise((0, "memory")).at(range(2)), torch.arange(2), 2, 0))
-            whole = held() // 2 * min(section.batch, len(shop.real.train.images)) + _learning(_with(model, adversary), bool(section.ema))
+            losses = update()
+            whole = held() // 2 * min(section.batch, len(shop.real.train.images)) + _learning(learning, bool(section.ema))
     except Exception:  # it is an estimate: what is wrong is for the training to say
         return None
     del losses

@@ -91,8 +91,24 @@ from .worker import INTERRUPTED, stoppable, verdict
 STAGES = ("train", "calibrate", "synthesize", "distill", "evaluate", "report")
 _SECTION = {stage: stage for stage in STAGES} | {"synthesize": "surrogate"}
 METRICS_FORMAT = "potstill-metrics/1"
+DONE = "done already"
 _OWN = "memory://"
 _MAPPED = "+calibrated"  # no arm has a plus sign in its name
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a stage is made from, and what it makes.
+
+    Args:
+        depends: all that its results depend on, as plain data.
+        made: files that are there when it is done.
+        spoiled: names a result that is not as it was made, if any.
+    """
+
+    depends: dict[str, Any]
+    made: list[Path]
+    spoiled: Callable[[], str | None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -112,7 +128,7 @@ class Run:
     allowed: tuple[str, ...]
     board: Board
     ranks: Ranks = ALONE
-    _needs: dict[str, int] = field(default_factory=dict, init=False, repr=False)  # bytes, as far as rehearsals have found out
+    needs: dict[str, int] = field(default_factory=dict, init=False, repr=False)  # bytes, as far as rehearsals have found out
 
     @cached_property
     def shop(self) -> Workshop:
@@ -138,13 +154,13 @@ class Run:
         section, shop = self._section("evaluate"), self.shop
         if section.reference == "data":
             return of_data(shop.real, section.n)
-        n = self._reference_images(shop.teacher)
+        n = self.reference_images(shop.teacher)
         if shop.teacher.generate is not None:
             return of_teacher(shop.teacher, n, Noise((self.recipe.seed, "reference")), section.batch)
         folder = next(iter(self.recipe.synthesized))
         return Reference("teacher", f"the {folder} (students may have learned on it)", floats(shop.surrogate(folder)[:n]))
 
-    def _reference_images(self, teacher: Model) -> int:
+    def reference_images(self, teacher: Model) -> int:
         """How many images models are measured against.
 
         Raises:
@@ -188,12 +204,12 @@ class Run:
         if "train" in stages:
             self._check_train()
         if set(stages) & {"calibrate", "synthesize", "distill", "evaluate"}:
-            teacher = self._teacher_to_be(stages)
+            teacher = self.teacher_to_be(stages)
             classes = classes_of(teacher)
             if "calibrate" in stages:
-                if "train" not in stages or self._is_done("train"):
+                if "train" not in stages or self.is_done("train"):
                     rehearse_calibration(self.shop)
-            elif self.recipe.calibrate and {"distill", "evaluate"} & set(stages) and not self._is_done("calibrate"):
+            elif self.recipe.calibrate and {"distill", "evaluate"} & set(stages) and not self.is_done("calibrate"):
                 raise BadInput(f"{stages[0]}: no calibrated noise yet; run the calibrate stage first")
             if "synthesize" in stages:
                 self._check_synthesize(teacher)
@@ -202,8 +218,8 @@ class Run:
             if "distill" in stages:
                 if "synthesize" not in stages and not all((self.folder / f / "manifest.json").exists() for f in self._images_needed):
                     raise BadInput("distill: no surrogate yet; run the synthesize stage first")
-                if not self._is_done("distill"):
-                    self._needs["distill"] = rehearse(self.shop, teacher)
+                if not self.is_done("distill"):
+                    self.needs["distill"] = rehearse(self.shop, teacher)
             if "evaluate" in stages:
                 if "distill" not in stages and not all(is_done(self.folder, job) for job in jobs(self.recipe)):
                     raise BadInput("evaluate: not every student is trained yet; run the distill stage first")
@@ -277,10 +293,10 @@ class Run:
     @property
     def _is_trained(self) -> bool:
         """Whether the teacher is there already."""
-        made = self._is_done("train") and (self.folder / "teacher" / "model.safetensors").exists()
+        made = self.is_done("train") and (self.folder / "teacher" / "model.safetensors").exists()
         return made or not isinstance(self.recipe.teacher, config.Trained)
 
-    def _teacher_to_be(self, stages: tuple[str, ...]) -> Model:
+    def teacher_to_be(self, stages: tuple[str, ...]) -> Model:
         """The teacher, or one of the same shape with fresh weights where it is still to be trained."""
         recipe = self.recipe
         if "train" not in stages or self._is_trained:
@@ -298,7 +314,7 @@ class Run:
                 if section.store.startswith(_OWN) and self.ranks.count > 1:
                     raise BadInput(f"{folder}.store: {_OWN} is the memory of one process, and there are {self.ranks.count}; use another")
                 place(section.store).exists()  # whether it answers is known before hours of work
-            if isinstance(self.recipe.teacher, config.Trained) and not self._is_done("train"):
+            if isinstance(self.recipe.teacher, config.Trained) and not self.is_done("train"):
                 build.synthesizer(section, teacher)
                 continue
             self._rehearse_synthesis(folder)
@@ -317,7 +333,7 @@ class Run:
             raise BadInput(f"{folder}: {build.reason(error)}") from None
         images = self.shop.teacher.images
         # A shard is put together in memory: pictures as png files, values as Python's numbers of 32 bytes.
-        self._needs[folder] = batch + min(section.shard, section.n) * math.prod(images.shape) * (1 if images.pixels else 32)
+        self.needs[folder] = batch + min(section.shard, section.n) * math.prod(images.shape) * (1 if images.pixels else 32)
 
     def _check_train(self) -> None:
         section = self._section("train")
@@ -350,7 +366,7 @@ class Run:
         by_data = section.reference == "data"
         if by_data and classes is not None:
             _check_labels(self.shop.real.test, classes, "the teacher's labels are")
-        if (n := self._reference_images(teacher)) <= section.k:
+        if (n := self.reference_images(teacher)) <= section.k:
             raise BadInput(f"evaluate.k: {section.k} neighbors, but {n} {'held-out' if by_data else 'reference'} images")
         if by_data:
             self.features.of(floats(self.shop.real.test.images[:2]))
@@ -372,11 +388,10 @@ class Run:
 
     def train(self) -> None:
         """A teacher or a feature network from real data."""
-        depends = self._reads("train") | {"pixels": self.shop.pixels[0]}
         if isinstance(self._section("train").model, config.TextToImageNet):
-            self._train_prior(depends)
+            self._train_prior()
             return
-        with self._stage("train", depends, [self.folder / "teacher" / n for n in ("config.json", "model.safetensors")]) as work:
+        with self._stage("train", self.inputs("train")) as work:
             if not work:
                 return
             self._say_spoiled(self.folder / "state" / "train")
@@ -408,8 +423,8 @@ class Run:
             write_json(self.folder / "train" / "held_out.json", figures)
             self.board.say("  held out: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
 
-    def _train_prior(self, depends: dict[str, Any]) -> None:
-        with self._stage("train", depends, [self.folder / "teacher" / "model_index.json"]) as work:
+    def _train_prior(self) -> None:
+        with self._stage("train", self.inputs("train")) as work:
             if not work:
                 return
             self._say_spoiled(self.folder / "state" / "train")
@@ -427,8 +442,7 @@ class Run:
 
     def calibrate(self) -> None:
         """A map of the teacher's noise, with which its samples feed its layers what its training data fed them."""
-        depends = self._reads("calibrate") | {"weights": self.shop.teacher_digest}
-        with self._stage("calibrate", depends, [self.folder / "calibrated" / "model.safetensors"]) as work:
+        with self._stage("calibrate", self.inputs("calibrate")) as work:
             if not work:
                 return
             rehearse_calibration(self.shop)
@@ -440,25 +454,18 @@ class Run:
     def synthesize(self) -> None:
         """The surrogate data sets."""
         self._section("synthesize")
-        sections, shop = self.recipe.synthesized, self.shop
-        files = {folder: found for folder in sections if (found := self._files_of(folder))}
-        depends = self._reads("synthesize") | {"weights": shop.teacher_digest} | ({"files": files} if files else {})
-
-        def spoiled() -> str | None:
-            gone = (surrogate.missing(self.folder / folder) for folder in sections)
-            return next((str(path).removeprefix(f"{self.folder}/") for path in gone if path is not None), None)
-
-        with self._stage("synthesize", depends, [self.folder / f / "manifest.json" for f in sections], spoiled) as work:
+        sections, shop, inputs = self.recipe.synthesized, self.shop, self.inputs("synthesize")
+        with self._stage("synthesize", inputs) as work:
             if not work:
                 return
             for folder, section in sections.items():
                 steps = surrogate.Steps()
                 synthesis = shop.synthesis(folder, watch=steps.watch)
                 if self.ranks.first:
-                    if folder not in self._needs:  # the teacher was not there yet when all was checked
+                    if folder not in self.needs:  # the teacher was not there yet when all was checked
                         self._rehearse_synthesis(folder)
                     self._say_memory(folder, synthesis, min(section.batch, section.n))
-                    self._say_needed(self._needs[folder], what=f"{folder}: ")
+                    self._say_needed(self.needs[folder], what=f"{folder}: ")
                 surrogate.write(
                     self.folder / folder,
                     synthesis,
@@ -466,7 +473,7 @@ class Run:
                     n=section.n,
                     batch=section.batch,
                     shard=section.shard,
-                    identity=_identity(depends, section),
+                    identity=_identity(inputs.depends, section),
                     source=section.kind,
                     pixels=shop.teacher.images.pixels,
                     store=section.store,
@@ -476,21 +483,24 @@ class Run:
                 )
 
     def _say_needed(self, beside: int | None, processes: int = 1, images: int = 0, what: str = "") -> None:
-        """One line of about how much memory a stage will take.
+        """One line, about something, of :meth:`memory_needed`, if it is known."""
+        if found := self.memory_needed(beside, processes, images):
+            self.board.say(f"  {what}{found}")
+
+    def memory_needed(self, beside: int | None, processes: int = 1, images: int = 0) -> str | None:
+        """About how much memory a stage will take, in words.
 
         Args:
             beside: bytes, beside what this process holds already; ``None`` where they are not known.
             processes: that will hold as much each.
             images: bytes of images, which are never on a GPU.
-            what: it is about.
         """
         if beside is None:
-            return
+            return None
         if self.shop.device.type == "cuda":
-            self.board.say(f"  {what}about {gib(torch.cuda.memory_allocated() + beside)} of GPU memory")
-            return
+            return f"about {gib(torch.cuda.memory_allocated() + beside)} of GPU memory"
         one = memory() + beside + images
-        self.board.say(f"  {what}about {gib(one * processes + (memory() if processes > 1 else 0))} of memory")
+        return f"about {gib(one * processes + (memory() if processes > 1 else 0))} of memory"
 
     def _say_spoiled(self, folder: Path) -> None:
         """One line for each saved state that a crash or a disk has spoiled, from which a training would otherwise have gone on."""
@@ -527,31 +537,17 @@ class Run:
     def distill(self) -> None:
         """Every student: arms times seeds, side by side where the machine has the cores; those of several sizes go through it together."""
         self._section("distill")
-        recipe = self.recipe
-        depends = self._reads("distill") | {
-            "weights": self.shop.teacher_digest,
-            "surrogate": {folder: surrogate.digest(self.folder / folder) for folder in self._images_needed},
-            "pixels": self.shop.pixels[0] if self._data_needed else None,
-        }
-        if (width := self.shop.width(self.shop.teacher)) is not None:
-            depends["width"] = width
-        if any(recipe.start_of(arm, "generate") == "calibrated" for arm in recipe.arms):
-            depends["calibrated"] = digest_of(self.shop.calibrated)
-        identity = fingerprint(_plain(depends))
-
-        def spoiled() -> str | None:
-            return next((f"students/{job.name}" for job in jobs(recipe) if not is_done(self.folder, job, identity)), None)
-
-        final = final_folders(recipe)
-        with self._stage("distill", depends, [self.folder / f / "model.safetensors" for f in final], spoiled) as work:
+        recipe, inputs = self.recipe, self.inputs("distill")
+        identity = fingerprint(inputs.depends)
+        with self._stage("distill", inputs) as work:
             if not work:
                 return
             todo = [job for job in jobs(recipe) if not is_done(self.folder, job, identity)]
-            workers, count = self._workers(sum(bool(undone(self.folder, group, identity)) for group in groups(recipe).values()))
+            workers, count = self.workers(sum(bool(undone(self.folder, group, identity)) for group in groups(recipe).values()))
             how = f"{workers} side by side" if self.ranks.count == 1 else f"each by {self.ranks.count} processes"
             together = f" in {len(recipe.widths)} sizes, those of an arm and a seed together" if recipe.students else ""
             self.board.say(f"  {len(todo)} students{together}, {how}")
-            self._say_needed(self._needs.get("distill"), workers, self._bytes_of_surrogates())
+            self._say_needed(self.needs.get("distill"), workers, self.bytes_of_surrogates())
             self._say_spoiled(states_of(self.folder))
             if workers == 1:
                 with threads(count), self._stoppable() as keep_going:
@@ -565,13 +561,13 @@ class Run:
             missing = [job.name for job in todo if not is_done(self.folder, job, identity)]
             if missing:
                 raise Failed(f"distill: not done: {', '.join(missing)}; run the same command again to go on")
-            for folder, job in final.items():
+            for folder, job in final_folders(recipe).items():
                 model = self._load_student(job)
                 calibrated = self.shop.calibrated if recipe.start_of(job.arm, "generate") == "calibrated" else None
                 card = student_card(recipe, job, updates(recipe, job.arm), *self._sizes(model), parameters(calibrated) if calibrated else 0)
                 save_network(model, self.folder / folder, card, calibrated)
 
-    def _bytes_of_surrogates(self) -> int:
+    def bytes_of_surrogates(self) -> int:
         """Bytes of the images that trainings hold in memory; those of a storage are on the disk."""
         images = self.shop.teacher.images
         here = [self.recipe.synthesized[folder] for folder in self._images_needed]
@@ -582,20 +578,10 @@ class Run:
         section, recipe = self._section("evaluate"), self.recipe
         if not all(is_done(self.folder, job) for job in jobs(recipe)):
             raise BadInput("evaluate: not every student is trained yet; run the distill stage first")
-        depends = self._reads("evaluate") | {
-            "students": {job.name: sha256(student_folder(self.folder, job) / "model.safetensors") for job in jobs(recipe)},
-            "weights": self.shop.teacher_digest,
-            "pixels": self.shop.pixels if section.reads_data else None,
-            "features": self.features.digest,
-        }
-        if recipe.calibrate:
-            depends["calibrated"] = digest_of(self.shop.calibrated)
-        if made := self._synthesized:
-            depends["surrogates"] = {folder: surrogate.digest(self.folder / folder) for folder in made}
-        with self._stage("evaluate", depends, [self.folder / "metrics.json"]) as work:
+        with self._stage("evaluate", self.inputs("evaluate")) as work:
             if not work or not self.ranks.first:
                 return
-            self._say_needed(self._memory_of_evaluate(section))
+            self._say_needed(self.memory_of_evaluate(section))
             with threads(recipe.compute.threads):
                 metrics, pictures = self._measure(section)
             with replacing(self.folder / "evaluate" / "pictures.npz") as temporary, temporary.open("wb") as file:
@@ -609,21 +595,16 @@ class Run:
         self._section("report")
         if not (self.folder / "metrics.json").exists():
             raise BadInput("report: nothing measured yet; run the evaluate stage first")
-        depends = self._reads("report") | {"metrics": sha256(self.folder / "metrics.json")}
-
-        def stale() -> str | None:
-            return "export" if page.outdated(self.folder) else None
-
-        with self._stage("report", depends, [self.folder / "report.html"], stale) as work:
+        with self._stage("report", self.inputs("report")) as work:
             if work and self.ranks.first:
                 try:
                     page.write(self.folder)
                 except page.ReportError as error:
                     raise BadInput(f"report: {error}") from None
 
-    def _memory_of_evaluate(self, section: config.Evaluate) -> int:
+    def memory_of_evaluate(self, section: config.Evaluate) -> int:
         teacher, chain = self.shop.teacher, chain_of(self.shop.teacher)
-        noise, n = Noise((self.recipe.seed, "memory")), self._reference_images(teacher)
+        noise, n = Noise((self.recipe.seed, "memory")), self.reference_images(teacher)
         x = teacher.images.encode(noise.uniform("x", (2, *teacher.images.shape), teacher.device))
         with needed() as held, torch.no_grad():
             if chain is not None:  # every link is like the first
@@ -639,16 +620,8 @@ class Run:
     # -------------------------------------------------------------- their parts
 
     @contextlib.contextmanager
-    def _stage(
-        self, name: str, depends: dict[str, Any], made: list[Path], spoiled: Callable[[], str | None] = lambda: None
-    ) -> Iterator[bool]:
+    def _stage(self, name: str, inputs: Inputs) -> Iterator[bool]:
         """Whether the stage has work to do, as the first process sees it, which writes the stage's marks around the block.
-
-        Args:
-            name: of the stage.
-            depends: all that its results depend on.
-            made: files that are there when it is done.
-            spoiled: names a result that is not as it was made, if any.
 
         Raises:
             Refused: it was begun from something else.
@@ -656,36 +629,116 @@ class Run:
         if not self.ranks.first:
             yield self.ranks.share(lambda: True)
             return
-        plain = _plain(depends)
-        mark, folder = fingerprint(plain), self.folder / name
-        begun, done = folder / "begun.json", folder / "done.json"
-        if begun.exists() and (before := _depends_of(begun)) != plain:
-            raise Refused(_refusal(self.folder, name, _differences(before, plain)))
-        gone = next((path.relative_to(self.folder) for path in made if not path.exists()), None) or spoiled()
-        if done.exists() and not gone:
-            self.board.say(f"{name}: done already")
+        found = self.found(name, inputs)
+        self.board.say(f"{name}: {found}" if found else name)
+        if found == DONE:
             yield self.ranks.share(lambda: False)
             return
-        going_on = f": {gone} is gone or has changed, again" if done.exists() else ": going on"
-        self.board.say(f"{name}{going_on if begun.exists() else ''}")
-        done.unlink(missing_ok=True)
-        if not begun.exists():
-            write_json(begun, {"fingerprint": mark, "depends": plain})
+        mark, folder = fingerprint(inputs.depends), self.folder / name
+        (folder / "done.json").unlink(missing_ok=True)
+        if not (folder / "begun.json").exists():
+            write_json(folder / "begun.json", {"fingerprint": mark, "depends": inputs.depends})
         start = time.perf_counter()
         yield self.ranks.share(lambda: True)
         inventory.finish(
             self.folder, name, {"fingerprint": mark, "seconds": round(time.perf_counter() - start, 1), "potstill": __version__}
         )
 
+    def found(self, stage: str, inputs: Inputs) -> str:
+        """How far a stage is: ``DONE``, going on, or again since a result is gone; nothing where it was not begun.
+
+        Raises:
+            Refused: it was begun from something else.
+        """
+        begun, done = (self.folder / stage / mark for mark in ("begun.json", "done.json"))
+        if begun.exists() and (before := _depends_of(begun)) != inputs.depends:
+            raise Refused(_refusal(self.folder, stage, _differences(before, inputs.depends)))
+        gone = next((path.relative_to(self.folder) for path in inputs.made if not path.exists()), None) or inputs.spoiled()
+        if not begun.exists():
+            return DONE if done.exists() and not gone else ""
+        if done.exists():
+            return f"{gone} is gone or has changed, again" if gone else DONE
+        return "going on"
+
+    def inputs(self, stage: str) -> Inputs:
+        """What a stage is made from, which must be there, and what it makes."""
+        depends = self._reads(stage)
+        if stage not in ("train", "report"):
+            depends["weights"] = self.shop.teacher_digest
+        match stage:
+            case "train":
+                prior = isinstance(self._section("train").model, config.TextToImageNet)
+                names = ["model_index.json"] if prior else ["config.json", "model.safetensors"]
+                return self._inputs(depends | {"pixels": self.shop.pixels[0]}, [f"teacher/{name}" for name in names])
+            case "calibrate":
+                return self._inputs(depends, ["calibrated/model.safetensors"])
+            case "synthesize":
+                return self._inputs_of_synthesize(depends)
+            case "distill":
+                return self._inputs_of_distill(depends)
+            case "evaluate":
+                return self._inputs(self._depends_of_evaluate(depends), ["metrics.json"])
+            case _:
+                from .report import page  # late, for it brings jinja and matplotlib
+
+                depends |= {"metrics": sha256(self.folder / "metrics.json")}
+                return self._inputs(depends, ["report.html"], lambda: "export" if page.outdated(self.folder) else None)
+
+    def _inputs(self, depends: dict[str, Any], made: list[str], spoiled: Callable[[], str | None] = lambda: None) -> Inputs:
+        return Inputs(_plain(depends), [self.folder / name for name in made], spoiled)
+
+    def _inputs_of_synthesize(self, depends: dict[str, Any]) -> Inputs:
+        folders = self.recipe.synthesized
+        files = {folder: found for folder in folders if (found := self._files_of(folder))}
+
+        def spoiled() -> str | None:
+            gone = (surrogate.missing(self.folder / folder) for folder in folders)
+            return next((str(path).removeprefix(f"{self.folder}/") for path in gone if path is not None), None)
+
+        return self._inputs(depends | ({"files": files} if files else {}), [f"{folder}/manifest.json" for folder in folders], spoiled)
+
+    def _inputs_of_distill(self, depends: dict[str, Any]) -> Inputs:
+        recipe = self.recipe
+        depends["surrogate"] = {folder: surrogate.digest(self.folder / folder) for folder in self._images_needed}
+        depends["pixels"] = self.shop.pixels[0] if self._data_needed else None
+        if (width := self.shop.width(self.shop.teacher)) is not None:
+            depends["width"] = width
+        if self._starts_calibrated:
+            depends["calibrated"] = digest_of(self.shop.calibrated)
+        identity = fingerprint(_plain(depends))
+
+        def spoiled() -> str | None:
+            return next((f"students/{job.name}" for job in jobs(recipe) if not is_done(self.folder, job, identity)), None)
+
+        return self._inputs(depends, [f"{folder}/model.safetensors" for folder in final_folders(recipe)], spoiled)
+
+    def _depends_of_evaluate(self, depends: dict[str, Any]) -> dict[str, Any]:
+        depends |= {
+            "students": {job.name: sha256(student_folder(self.folder, job) / "model.safetensors") for job in jobs(self.recipe)},
+            "pixels": self.shop.pixels if self._section("evaluate").reads_data else None,
+            "features": self.features.digest,
+        }
+        if self.recipe.calibrate:
+            depends["calibrated"] = digest_of(self.shop.calibrated)
+        if made := self._synthesized:
+            depends["surrogates"] = {folder: surrogate.digest(self.folder / folder) for folder in made}
+        return depends
+
+    @property
+    def _starts_calibrated(self) -> bool:
+        """Whether an arm's students learn on calibrated noise."""
+        return any(self.recipe.start_of(arm, "generate") == "calibrated" for arm in self.recipe.arms)
+
     def tidy(self) -> None:
         """Remove the saved states of what is done, and what killed processes left half written."""
         own = {stage: self.folder / "state" / stage for stage in ("train", "calibrate")}
         for stage, states in (own | {"distill": states_of(self.folder)}).items():
-            if self._is_done(stage):
+            if self.is_done(stage):
                 shutil.rmtree(states, ignore_errors=True)
         sweep(self.folder)
 
-    def _is_done(self, name: str) -> bool:
+    def is_done(self, name: str) -> bool:
+        """Whether a stage has left its mark that it is."""
         return (self.folder / name / "done.json").exists()
 
     def _stoppable(self) -> contextlib.AbstractContextManager[Callable[[], bool]]:
@@ -699,7 +752,7 @@ class Run:
     def _sizes(self, student: Model) -> tuple[int, int]:
         return parameters(student.net), parameters(self.shop.teacher.net)
 
-    def _workers(self, todo: int) -> tuple[int, int | None]:
+    def workers(self, todo: int) -> tuple[int, int | None]:
         """How many processes train side by side so many arms and seeds, and the threads of each.
 
         The threads follow from the recipe and the machine, not from what is left to do: a run that goes on has the bits of one that
@@ -1114,6 +1167,18 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def stages_of(recipe: config.Recipe) -> tuple[str, ...]:
+    """The stages that a recipe has, in order.
+
+    Raises:
+        BadInput: it has none.
+    """
+    found = tuple(s for s in STAGES if (recipe.synthesized if s == "synthesize" else getattr(recipe, _SECTION[s])))
+    if not found:
+        raise BadInput(f"{recipe.name}: the recipe has no stage in it: {', '.join(_SECTION.values())}")
+    return found
+
+
 def execute(
     recipe: config.Recipe,
     folder: Path,
@@ -1129,9 +1194,7 @@ def execute(
         BadInput: something given is wrong; where it can be known before, nothing is written.
         Failed: a worker died.
     """
-    chosen = stages or tuple(s for s in STAGES if (recipe.synthesized if s == "synthesize" else getattr(recipe, _SECTION[s])))
-    if not chosen:
-        raise BadInput(f"{recipe.name}: the recipe has no stage in it: {', '.join(_SECTION.values())}")
+    chosen = stages or stages_of(recipe)
     with Board(quiet, log_json) as board, build.memory_watched():
         run = Run(recipe, folder, allowed, board, ranks)
         run.check(chosen)

@@ -436,6 +436,25 @@ def lock(path: Path, wait_seconds: float = 0.0, what: str = "", keep_going: Call
         yield
 
 
+def check_unlocked(path: Path, what: str) -> None:
+    """See that nobody holds a :func:`lock`; nothing is written.
+
+    Raises:
+        Locked: another process does.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Locked(f"{what}: another potstill process is working in this folder") from None
+
+
 def digest_of(net: nn.Module) -> str:
     """Hex digest of a network's class and state."""
     import torch

@@ -7,11 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from ..model import keeping
 from ..state import plain_tensors
@@ -113,6 +116,36 @@ def needed() -> Iterator[Callable[[], int]]:
             yield lambda: max(largest, sum(kept.values()))
     finally:
         handle.remove()
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _attention_backward(slope: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> int:
+    return int(sdpa_backward_flop_count(slope.shape, query.shape, key.shape, value.shape))
+
+
+# Torch's own list has fused attention on a GPU alone.
+_FORMULAS = flop_registry | {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+class Operations(TorchDispatchMode):
+    """Within its block the floating-point operations of matrix products, convolutions and attention are counted; a product and a sum are
+    two. It is torch's ``FlopCounterMode`` without the count by modules, which does not allow gradients of gradients."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation, and count what it takes, if it is one of those."""
+        given = kwargs or {}
+        out = func(*args, **given)
+        if formula := _FORMULAS.get(func._overloadpacket):
+            self.count += formula(*args, **given, out_val=out)
+        return out
 
 
 def _bytes(found: object) -> int:
