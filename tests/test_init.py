@@ -179,12 +179,12 @@ def test_what_is_commented_out_is_a_recipe_too(written, tmp_path):
     written("zoo:digits-lvae")
     text = (tmp_path / "recipe.yaml").read_text()
     with_data = text.replace("arms: [data_free]\n", "", 1).replace("# data: {kind: folder, path: path/to/data}", "data: {kind: digits}")
-    with_data = re.sub(r"^# (arms|evaluate|report):", r"\1:", with_data, flags=re.MULTILINE)
+    with_data = re.sub(r"^# arms:", "arms:", with_data, flags=re.MULTILINE).replace("reference: teacher, ", "")
     recipe = config.check(yaml.safe_load(with_data))
     assert [arm.kind for arm in recipe.arms] == ["data_free", "with_data", "scratch"]
     assert recipe.data
     assert recipe.evaluate
-    assert recipe.report
+    assert recipe.evaluate.reference == "data"
 
 
 def test_nothing_is_overwritten(tmp_path, monkeypatch, capsys):
@@ -220,6 +220,12 @@ def test_what_is_no_teacher(tmp_path, monkeypatch, capsys, model, expected):
 
 def test_the_recipe_of_the_zoos_lvae_runs(written, tmp_path, capsys):
     written("zoo:digits-lvae")
-    few = ["surrogate.n=16", *(f"distill.{phase}.{key}" for phase in ("generate", "infer") for key in ("steps=2", "batch=4"))]
+    few = [
+        "surrogate.n=16",
+        "evaluate.n=16",
+        "evaluate.latency_repeats=3",
+        *(f"distill.{phase}.{key}" for phase in ("generate", "infer") for key in ("steps=2", "batch=4")),
+    ]
     assert cli.main(["run", "recipe.yaml", "--quiet", "--out", "out", *few]) == 0, capsys.readouterr().err
     assert (tmp_path / "out" / "student" / "model.safetensors").exists()
+    assert (tmp_path / "out" / "report.html").exists()

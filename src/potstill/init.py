@@ -124,7 +124,7 @@ def recipe(model: str, section: dict[str, Any], teacher: Model, allowed: Sequenc
         allowed: modules that code may come from.
     """
     part = _part(teacher)
-    return "\n".join([*_head(model, section, teacher, allowed), *_stages(part), *_with_data(part, teacher)]) + "\n"
+    return "\n".join([*_head(model, section, teacher, allowed), *_stages(part), *_measured(teacher), *_with_data(part, teacher)]) + "\n"
 
 
 def _head(model: str, section: dict[str, Any], teacher: Model, allowed: Sequence[str]) -> Iterator[str]:
@@ -159,14 +159,21 @@ def _stages(part: _Part) -> Iterator[str]:
     yield "seeds: [0]                       # more of them tell how much is chance: [0, 1, 2]"
 
 
+def _measured(teacher: Model) -> Iterator[str]:
+    features = "pixels" if teacher.images.pixels else "standardized"
+    count = ", n: 64" if isinstance(teacher.net, LatentDiffusion) else ""  # whose images take a while
+    yield "# Against fresh images of the teacher, for there is no data: how like it the student is, not how good."
+    yield f"evaluate: {{reference: teacher, features: {features}{count}}}     # or classifier:PATH"
+    yield "report: {}"
+
+
 def _with_data(part: _Part, teacher: Model) -> Iterator[str]:
-    kind, features = ("folder", "pixels") if teacher.images.pixels else ("values", "standardized")
-    yield "# Where there is data, the students that its owner could have made are told beside this one. Take the # away, and arms above."
+    kind = "folder" if teacher.images.pixels else "values"
+    yield "# Where there is data, the students that its owner could have made are told beside this one, and all are measured against"
+    yield "# held-out images: take the # away, and above arms and reference: teacher."
     yield f"# data: {{kind: {kind}, path: path/to/data}}"
     arms = ["data_free", *(["with_data"] if teacher.infer or teacher.link else []), *(["scratch"] if "scratch" in part.distill else [])]
     yield f"# arms: {config.in_a_line(arms)}"
-    yield f"# evaluate: {{features: {features}}}     # or classifier:PATH"
-    yield "# report: {}"
 
 
 # ------------------------------------------------------------------ by what a teacher is
