@@ -167,6 +167,20 @@ def child(name: str, which: str) -> None:
     print((int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024 - before) / 2**20)
 
 
+def noise_over_randn(n: int, width: int = 16, repeats: int = 5) -> float:
+    """How many times longer addressed noise of ``n`` rows takes than a stream of as many numbers."""
+    taken: dict[str, list[float]] = {"addressed": [], "stream": []}
+    inner = max(1, 10**5 // n)
+    for i in range(repeats):
+        noise = Noise((i,))
+        for how, draw in (("addressed", lambda noise=noise: noise.normal("z", (n, width))), ("stream", lambda: torch.randn(n, width))):
+            start = time.perf_counter()
+            for _ in range(inner):
+                draw()
+            taken[how].append(time.perf_counter() - start)
+    return statistics.median(taken["addressed"]) / statistics.median(taken["stream"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=200)
@@ -213,6 +227,7 @@ def main() -> None:
         )
     figures = {key: max(r[key] for r in rows) for key in ("step_ratio", "step_ratio_randn", "memory_ratio")}
     figures |= {"floor_fraction": min(r["floor_fraction"] for r in rows), "convolution_peak_gflops": best / 1e9}
+    figures |= {f"noise_over_randn_{n}_rows": noise_over_randn(n) for n in (128, 10**6)}
     print(f"wrote {write('step_cost', figures, rows)}")
 
 
