@@ -414,7 +414,7 @@ def test_from_training_a_classifier_to_the_report(tmp_path):
     assert (tmp_path / "teacher" / "model.safetensors").read_bytes() == weights
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["compared"] == "accuracy"
-    assert metrics["reference"] | {"n": 0} == {"data": "digits (seed 0)", "n": 0, "features": None, "floor": {}}
+    assert metrics["reference"] | {"n": 0} == {"kind": "data", "data": "digits (seed 0)", "n": 0, "features": None, "floor": {}}
     costs = {"latency_ms_b1", "latency_ms_b64", "latency_iqr_ms_b1", "latency_iqr_ms_b64", "throughput", "params", "size_mib"}
     assert all(set(arm) == {"accuracy", *costs} for arm in metrics["arms"].values())
     assert metrics["arms"]["teacher"]["accuracy"] == {"mean": pytest.approx(held_out["accuracy"]), "sd": 0.0}

@@ -55,7 +55,7 @@ def test_the_archives_hold_what_is_needed_and_no_more(released):
 
 
 @pytest.mark.slow
-def test_the_demo_runs_from_the_wheel_alone(released, tmp_path):
+def test_the_demo_runs_from_the_wheel_alone(released, tmp_path, monkeypatch):
     """Its dependencies are those of this environment, the package is the wheel's."""
     (wheel,) = released.glob("*.whl")
     venv.create(tmp_path / "env", with_pip=False)
@@ -64,6 +64,7 @@ def test_the_demo_runs_from_the_wheel_alone(released, tmp_path):
     # A folder that stands in a .pth file is searched, but its own .pth files, the checkout's among them, are not read.
     (own / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     subprocess.run([sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", str(wheel)], check=True)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     where = subprocess.run(
         [python, "-c", "import potstill; print(potstill.__file__)"], cwd=tmp_path, capture_output=True, text=True, check=True
     )
