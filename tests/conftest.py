@@ -12,11 +12,17 @@ def place(tmp_path, monkeypatch):
     from runs import Place  # late, for it brings torch, which many tests do without
 
     monkeypatch.chdir(tmp_path)
-    path, modules = list(sys.path), set(sys.modules)
-    yield Place(tmp_path)
+    return Place(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _forgets(tmp_path_factory):
+    """Modules that a test has written and imported are gone when it ends: the next one may call another by the same name."""
+    path, modules, written = list(sys.path), set(sys.modules), str(tmp_path_factory.getbasetemp())
+    yield
     sys.path[:] = path
     for name in set(sys.modules) - modules:
-        if (tmp_path / f"{name}.py").exists():
+        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(written):
             del sys.modules[name]
 
 

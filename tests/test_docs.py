@@ -61,7 +61,7 @@ def sh(command, where):
 def test_a_page_is_followed(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    before, names = set(sys.modules), {"__name__": "page"}
+    names = {"__name__": "page"}
     for block in blocks(page):
         where = f"{page.relative_to(ROOT)}:{block.line}"
         assert block.language in ("python", "sh", "yaml", "text", "bibtex", "{eval-rst}", "{toctree}"), f"{where}: {block.language!r}"
@@ -79,9 +79,6 @@ def test_a_page_is_followed(page, tmp_path, monkeypatch):
                 sh(command, where)
         elif block.language == "yaml":
             raise AssertionError(f"{where}: a recipe without a name; begin it with # NAME.yaml")
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
-            del sys.modules[name]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
