@@ -34,8 +34,6 @@ napoleon_numpy_docstring = False
 html_theme = "furo"
 html_title = "potstill"
 html_copy_source = False
-# No fonts, scripts or pictures from elsewhere.
-html_theme_options = {"source_repository": "", "source_branch": "main", "source_directory": "docs/"}
 
 
 def _command_line() -> str:

@@ -60,7 +60,7 @@ ORDER = [
     "__main__",
 ]
 CORE = {"errors", "noise", "trace", "divergence", "model"}
-CORE_FROM_OUTSIDE = {"numpy", "torch"}
+CORE_FROM_OUTSIDE = {"torch"}
 DISTANCES = ("_arrays", "emd", "energy_distance", "frechet", "mmd", "one_nn", "prdc")
 
 
@@ -163,7 +163,7 @@ def test_imports_go_leftwards(file):
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if name_of(file) in CORE], ids=name_of)
-def test_the_core_needs_torch_and_numpy_alone(file):
+def test_the_core_needs_torch_alone(file):
     assert outsiders(file) <= CORE_FROM_OUTSIDE
 
 

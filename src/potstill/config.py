@@ -10,7 +10,7 @@ import reprlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
@@ -42,6 +42,14 @@ class Section(BaseModel):
     """Every part of a recipe: unknown keys are errors, values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    # Keys that a section got when runs of it were about, with their defaults. At these they are left out of what is dumped, so that what is
+    # hashed of an old run's recipe stays what it was.
+    _later: ClassVar[dict[str, Any]] = {}
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {k: v for k, v in dump(self).items() if k not in self._later or v != self._later[k]}
 
 
 def _json(value: Any) -> Any:
@@ -400,6 +408,8 @@ class Student(Section):
     arguments: Arguments = {}
     encoder: bool = Field(default=False, description="give the student of a GAN without an encoder one, which the phase infer trains")
 
+    _later = {"net": None}
+
     @model_validator(mode="after")
     def _one(self) -> Student:
         given = [k for k in ("width", "ratio", "budget", "target", "net", "start") if getattr(self, k) is not None]
@@ -410,12 +420,6 @@ class Student(Section):
         if self.encoder and (self.target or self.net or self.start):
             raise ValueError("encoder goes with width, ratio or budget; a model of one's own has the programs that it has")
         return self
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without a net that is not there: what is hashed of a recipe stays what it was before there were any."""
-        whole: dict[str, Any] = dump(self)
-        return {k: v for k, v in whole.items() if k != "net" or v is not None}
 
 
 # ------------------------------------------------------------------ what is done with them
@@ -562,11 +566,7 @@ class Synthesis(Section):
         "empty folder, or one that holds the same images, which are then not made again. Credentials come from the environment",
     )
 
-    @model_serializer(mode="wrap")
-    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without a store that is not there: what is hashed of a recipe stays what it was before there were any."""
-        whole: dict[str, Any] = dump(self)
-        return {k: v for k, v in whole.items() if k != "store" or v is not None}
+    _later = {"store": None}
 
 
 class Ancestral(Synthesis):
@@ -913,6 +913,8 @@ class Evaluate(Section):
     latency_threads: Count = 1
     latency_repeats: Annotated[int, Field(ge=3), _NUMERIC] = 50
 
+    _later = {"reference": "data", "privacy": False}
+
     @model_validator(mode="after")
     def _labeled(self) -> Evaluate:
         if self.groups and self.reference == "teacher":
@@ -923,13 +925,6 @@ class Evaluate(Section):
     def reads_data(self) -> bool:
         """Whether real images are looked at."""
         return self.reference == "data" or self.privacy
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what is left at its default: what is hashed of a recipe stays what it was before there were these keys."""
-        whole: dict[str, Any] = dump(self)
-        usual = {"reference": "data", "privacy": False}
-        return {k: v for k, v in whole.items() if k not in usual or v != usual[k]}
 
 
 class Report(Section):

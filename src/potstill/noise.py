@@ -13,16 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-_LOW, _HALF = np.uint64(_MASK), np.uint64(32)
 _IN_CACHE = 2**17  # numbers, each of which goes through a few words of eight bytes
 
 
@@ -46,29 +43,6 @@ def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
         c2 = (product0 >> 32).bitwise_xor_(c3).bitwise_xor_(key1).bitwise_and_(_MASK)
         c1, c3 = product1, product0
     return torch.stack([c0, c1 & _MASK, c2, c3 & _MASK])
-
-
-def _philox_of_rows(rows: Sequence[int], words: int, key: tuple[int, int]) -> NDArray[np.uint64]:
-    """Philox4x32-10 of ``words`` counters for each row, ``(4, rows, words)``: numpy begins each step several times sooner than torch.
-
-    The first round is of counters that differ by row or by word alone, and is done once for each.
-    """
-    index = np.arange(rows.start, rows.stop, rows.step) if isinstance(rows, range) else np.array(rows, np.int64)
-    c0, c1 = np.arange(words, dtype=np.uint64)[None], np.zeros((1, 1), np.uint64)
-    wide = index.astype(np.uint64)[:, None]
-    c2, c3 = wide & _LOW, wide >> _HALF
-    for i in range(_ROUNDS):
-        key0, key1 = (np.uint64((k + i * step) & _MASK) for k, step in zip(key, _KEY_STEPS, strict=True))
-        product0, product1 = c0 * np.uint64(_MULTIPLIERS[0]), c2 * np.uint64(_MULTIPLIERS[1])
-        c0, c2 = (product1 >> _HALF) ^ c1, (product0 >> _HALF) ^ c3
-        for word, own in ((c0, key0), (c2, key1)):
-            word ^= own
-            word &= _LOW
-        c1, c3 = product1, product0
-    found = np.empty((4, len(rows), words), np.uint64)
-    for word, value in zip(found, (c0, c1, c2, c3), strict=True):
-        np.bitwise_and(value, _LOW, out=word)
-    return found
 
 
 class NoiseSource(Protocol):
@@ -158,12 +132,9 @@ class Noise:
             raise ValueError(f"node {name!r} asks for {batch} rows of noise, but {len(rows)} rows were addressed")
         digest = hashlib.blake2b(repr((self.key, name)).encode(), digest_size=8).digest()
         key = (int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little"))
-        words = -(-per_row // 4)
-        if torch.device(device).type == "cpu":
-            return torch.from_numpy(_philox_of_rows(rows, words, key).view(np.int64))
         index = torch.arange(rows.start, rows.stop, rows.step) if isinstance(rows, range) else torch.tensor(rows, dtype=torch.int64)
         index = index.to(device).view(-1, 1)
-        counter = torch.zeros((4, batch, words), dtype=torch.int64, device=device)
+        counter = torch.zeros((4, batch, -(-per_row // 4)), dtype=torch.int64, device=device)
         counter[0] = torch.arange(counter.shape[2], device=device)
         counter[2] = index & _MASK
         counter[3] = index >> 32

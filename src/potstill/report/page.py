@@ -359,6 +359,7 @@ def _render(run: Path) -> str:
     dots, floor_at = _dots(arms, compared, floor.get(compared.key))
     updates = {arm.updates for arm in arms if arm.kind != "teacher" and arm.updates is not None}
     by_teacher = tables.by_teacher(metrics)
+    private_rows, private_columns = tables.privacy_of(metrics)
     privacy = metrics.get("privacy")
     privacy = privacy if isinstance(privacy, Mapping) else {}
     seen = "The reference images" if by_teacher else "Real test images"
@@ -409,8 +410,8 @@ def _render(run: Path) -> str:
         surrogate_rows=tables.surrogates_of(metrics),
         surrogate_columns=tables.surrogate_metrics(tables.surrogates_of(metrics)),
         privacy=privacy,
-        private_rows=tables.privacy_of(metrics)[0],
-        private_columns=tables.privacy_of(metrics)[1],
+        private_rows=private_rows,
+        private_columns=private_columns,
         sets={who: kind for who, kind in _SETS.items() if who != "real" or not by_teacher},
         panels=_training(run, arms),
         recipe=recipe,
