@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -38,6 +40,19 @@ def chain(conditional):
         return Normal(z + 1, torch.full((sample.n, 3), 0.1))
 
     return program
+
+
+def test_what_a_trace_held_is_free_at_once():
+    """A cycle of references would keep every activation of an update until the next collection."""
+    gc.collect()
+    gc.disable()
+    try:
+        trace = run(chain(shifted), noise=Noise((1,)), n=4)
+        (trace.output.sum() + trace["z2"].dist.mean.sum()).item()
+        del trace
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 def test_a_trace_holds_every_node_in_order_with_its_conditional_and_value():

@@ -34,7 +34,12 @@ class Point(Distribution):
 
 def gaussian(mean: Tensor, std: Tensor) -> Normal:
     """A normal of two tensors of one shape, without torch's argument check, which stalls a GPU at every node."""
-    return Normal(mean, std, validate_args=False)
+    if mean.shape != std.shape:
+        return Normal(mean, std, validate_args=False)
+    made = Normal.__new__(Normal)  # its __init__ would broadcast first, which takes longer than the draw of a small node
+    made.loc, made.scale = mean, std
+    Distribution.__init__(made, mean.shape, validate_args=False)
+    return made
 
 
 class Sampler(Protocol):
@@ -214,6 +219,11 @@ def noise_of(trace: Trace, noise: NoiseSource) -> FixedNoise:
     return FixedNoise({name: value for name, value in inferred.items() if value is not None})
 
 
+def _standard(shape: tuple[int, ...], device: torch.device) -> Normal:
+    zero = torch.zeros((), device=device)
+    return gaussian(zero.expand(shape), (zero + 1).expand(shape))
+
+
 class _Recorder:
     def __init__(self, n: int, device: torch.device, noise: NoiseSource, given: Mapping[str, Tensor], rename: Mapping[str, str]):
         self.n, self.device, self.noise = n, device, noise
@@ -237,8 +247,11 @@ class _Recorder:
         return self.node(name, dist, args, prior).value
 
     def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        zeros = torch.zeros((self.n, *shape), device=self.device)
-        return self(name, gaussian(zeros, torch.ones_like(zeros)))
+        whole = (self.n, *shape)
+        node = self.node(name, _standard, (whole, self.device), None)
+        if node.name not in self._given:
+            node.value = self.noise.normal(node.name, whole, self.device)
+        return node.value
 
 
 def run(
