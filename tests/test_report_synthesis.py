@@ -258,7 +258,7 @@ def written(tmp_path_factory):
 def section_of(path):
     """The words of the section on surrogates."""
     text = text_of(path)
-    return text[text.index("Images made without real data") : text.index("How to make it again")]
+    return text[text.index("Images made without real data") : text.rindex("How to make it again")]
 
 
 def test_a_surrogate_is_shown_with_its_images_prompts_course_and_energies(written):
@@ -421,7 +421,7 @@ def test_text_of_files_is_escaped(tmp_path):
     )
     written = page.write(run)
     markup = written.read_text("utf-8")
-    assert "<script" not in markup
+    assert markup.count("<script") == 1, "the page's own"
     assert not any("onerror" in found for _, found in parse(written))
     text = section_of(written)
     for words in (f"Kind {EVIL}", f"{EVIL} prompt", f"odd{name}", f"Energy: {name}"):

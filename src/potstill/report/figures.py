@@ -26,8 +26,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from numpy.typing import NDArray
 from PIL import Image
 
-__all__ = ["Course", "Curves", "Log", "Picture", "Pictures", "columns", "energy_svg", "histogram_svg", "loss_svg", "pairs", "read_course"]
-__all__ += ["read_log", "read_pictures", "singles", "strips"]
+from .tables import Value
+
+__all__ = ["Course", "Curves", "Log", "Picture", "Pictures", "Point", "columns", "energy_svg", "histogram_svg", "is_wide", "loss_svg"]
+__all__ += ["pairs", "read_course", "read_log", "read_pictures", "scatter_svg", "singles", "strips"]
 
 Pixels = NDArray[np.uint8]
 """Images `(k, C, H, W)` with C of 1 or 3."""
@@ -41,6 +43,7 @@ _GAP = 2
 _COLUMNS = 16
 _POINTS = 400  # a panel is about this many pixels wide
 _SIZE = (3.8, 2.3)  # of a panel, in inches
+_LARGER = (5.6, 3.2)  # where two stand side by side
 _BINS = 24
 _LARGEST_FILE = 2**32  # bytes that an archive may unpack to: a small file can hold terabytes of zeros
 _LARGEST_ENERGY = 1e30  # beyond it sums and axes would overflow
@@ -49,6 +52,7 @@ _LARGEST_ENERGY = 1e30  # beyond it sums and axes would overflow
 _INK, _RULE, _SERIES = "#010203", "#040506", "#070809"
 # The kinds of the page, told apart by their lines too, for eyes and printers that do not tell the colors apart.
 _LINES = {"free": ("#0a0b0c", "solid"), "teacher": ("#0d0e0f", (0, (4, 1.6))), "real": ("#101112", (0, (1, 1.2)))}
+_MARKERS = {kind: (color, marker) for (kind, (color, _)), marker in zip(_LINES.items(), "os^", strict=True)}
 _PLACEHOLDERS = {_INK: "var(--muted)", _RULE: "var(--rule)", _SERIES: "var(--series)"}
 _PLACEHOLDERS |= {color: f"var(--{kind})" for kind, (color, _) in _LINES.items()}
 _STYLE = {
@@ -347,7 +351,7 @@ def loss_svg(runs: Sequence[Series], name: str) -> Curves:
     `name` keeps the identifiers inside one page apart; it is made of letters, digits and hyphens.
     """
     values = np.concatenate([losses for _, losses in runs])
-    log = _is_wide(values)
+    log = is_wide(values)
 
     def draw(axes: Axes) -> None:
         mean = _mean(runs) if len(runs) > 1 else runs[0]
@@ -367,7 +371,7 @@ def loss_svg(runs: Sequence[Series], name: str) -> Curves:
 
 def energy_svg(series: Series, level: NDArray[np.float64], noise: bool, name: str) -> str:
     """One term of an energy against the steps of a synthesis, from 1 to as many as `level` has; above them, with `noise`, that level."""
-    log = _is_wide(series[1])
+    log = is_wide(series[1])
 
     def draw(axes: Axes) -> None:
         axes.plot(*_thin(series), color=_SERIES, linewidth=1.7, marker=_marker(series))
@@ -397,7 +401,7 @@ def histogram_svg(sets: Mapping[str, NDArray[np.float64]], name: str) -> str:
     """
     low = min(float(np.quantile(numbers, 0.01)) for numbers in sets.values())
     high = max(float(np.quantile(numbers, 0.99)) for numbers in sets.values())
-    log = _is_wide(np.array([low, high]))
+    log = is_wide(np.array([low, high]))
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
     edges = np.geomspace(low, high, _BINS + 1) if log else np.linspace(low, high, _BINS + 1)
@@ -419,7 +423,61 @@ def histogram_svg(sets: Mapping[str, NDArray[np.float64]], name: str) -> str:
     return _svg(draw, name)
 
 
-def _is_wide(values: NDArray[np.float64]) -> bool:
+@dataclass(frozen=True)
+class Point:
+    """An arm in a scatter: its number on the page, its kind, a cost and a figure of quality."""
+
+    number: int
+    kind: str
+    x: Value
+    y: Value
+
+    @property
+    def fits(self) -> bool:
+        """Whether an axis can show it."""
+        return self.x.mean > 0 and all(max(abs(value.mean), value.sd or 0.0) < _LARGEST_ENERGY for value in (self.x, self.y))
+
+
+def scatter_svg(points: Sequence[Point], floor: float | None, cost: str, name: str) -> str:
+    """Quality, upwards, against a cost, both with a spread of one standard deviation where it is known; the floor is a dashed line."""
+    x, y = (np.array([getattr(point, axis).mean for point in points]) for axis in "xy")
+    log_x, log_y = bool(x.max() > 3 * x.min()), is_wide(y)
+
+    def draw(axes: Axes) -> None:
+        if log_x:
+            axes.set_xscale("log")
+        if log_y:
+            axes.set_yscale("log")
+        for point in points:
+            color, marker = _MARKERS.get(point.kind, (_INK, "o"))
+            bars = [[[min(value.sd or 0.0, 0.9 * abs(value.mean))], [value.sd or 0.0]] for value in (point.x, point.y)]
+            axes.errorbar(point.x.mean, point.y.mean, bars[1], bars[0], color=color, marker=marker, markersize=5.5, elinewidth=1.2)
+        if floor is not None and floor < _LARGEST_ENERGY and (floor > 0 or not log_y):
+            axes.axhline(floor, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+        if not log_y and y.min() >= 0:
+            axes.set_ylim(bottom=0)
+        axes.margins(x=0.12)
+        _label(axes, "x", log_x, cost)
+        _label(axes, "y", log_y)
+        _number(axes, points)
+
+    return _svg(draw, name, _LARGER)
+
+
+def _number(axes: Axes, points: Sequence[Point]) -> None:
+    """Each point's number beside it, on the first side where it covers neither a point nor another number."""
+    axes.autoscale_view()
+    at = [72 / axes.figure.dpi * axes.transData.transform((point.x.mean, point.y.mean)) for point in points]
+    taken = [*at]
+    for point, place in zip(points, at, strict=True):
+        sides = [(9, 0), (-9, 0), (0, 10), (0, -10), (8, 8), (-8, 8), (8, -8), (-8, -8), (18, 0), (-18, 0), (26, 0), (-26, 0)]
+        free = (side for side in sides if all(abs(place[0] + side[0] - x) > 8 or abs(place[1] + side[1] - y) > 8 for x, y in taken))
+        side = next(free, sides[0])
+        taken.append(place + side)
+        axes.annotate(str(point.number), (point.x.mean, point.y.mean), side, "data", "offset points", color=_INK, ha="center", va="center")
+
+
+def is_wide(values: NDArray[np.float64]) -> bool:
     """Whether an axis of the values should be logarithmic: positive, they span more than a factor 30."""
     return bool(values.min() > 0 and values.max() > 30 * values.min())
 
@@ -428,8 +486,8 @@ def _marker(series: Series) -> str | None:
     return "." if len(series[0]) == 1 else None
 
 
-def _label(axes: Axes, which: Literal["x", "y"], log: bool, what: str) -> None:
-    """Name and numbers of an axis of values."""
+def _label(axes: Axes, which: Literal["x", "y"], log: bool, *what: str) -> None:
+    """Name, if it has one, and numbers of an axis of values."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     if log:
         low, high = axis.get_view_interval()
@@ -439,7 +497,7 @@ def _label(axes: Axes, which: Literal["x", "y"], log: bool, what: str) -> None:
     else:
         axis.set_major_locator(MaxNLocator(5))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(value, 12):,g}" if abs(value) < 1e6 else f"{value:.0e}"))
-    axis.set_label_text(f"{what}, log scale" if log else what)
+    axis.set_label_text(", ".join([*what, "log scale"] if log else what))
 
 
 def _count_steps(axes: Axes) -> None:
@@ -447,10 +505,10 @@ def _count_steps(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
 
 
-def _svg(draw: Callable[[Axes], None], name: str) -> str:
+def _svg(draw: Callable[[Axes], None], name: str, size: tuple[float, float] = _SIZE) -> str:
     """What `draw` draws as an element of the page; `name` keeps the identifiers inside one page apart."""
     with matplotlib.style.context(["default", _STYLE], after_reset=True):
-        figure = Figure(figsize=_SIZE)
+        figure = Figure(figsize=size)
         canvas = FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         draw(axes)
@@ -466,7 +524,7 @@ def _svg(draw: Callable[[Axes], None], name: str) -> str:
 
 def _leave_margins(figure: Figure, axes: Axes) -> None:
     """Room for the axes' numbers and names. Matplotlib's own layouts draw every label to measure it, which takes longer than the figure."""
-    width, height = (72 * side for side in _SIZE)  # points
+    width, height = (72 * side for side in figure.get_size_inches())  # points
     line = 1.35 * float(matplotlib.rcParams["font.size"])
     longest = max((len(text) for text in axes.yaxis.get_major_formatter().format_ticks(list(axes.yaxis.get_majorticklocs()))), default=0)
     left, above = longest * 0.45 * line + 1.9 * line, 2.6 * line if axes.child_axes else 0.6 * line

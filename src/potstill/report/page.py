@@ -1,10 +1,13 @@
-"""The report of a run as one HTML file that needs nothing else: no network, no scripts, no other file.
+"""The report of a run as one HTML file that needs nothing else: no network, no other file, and of scripts only its own.
 
-It is made from the files of the run folder alone, so it can be written again at any time, and the same files give the same bytes.
+That one sorts tables; the page's policy names its digest, so that no other runs, whatever text of a user is on the page. The report is made
+from the files of the run folder alone, so it can be written again at any time, and the same files give the same bytes.
 """
 
+import base64
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +32,8 @@ _PAIRS = 24  # surrogate images shown beside their nearest real neighbor; the cl
 _CAPTIONED = 24  # surrogate images shown with what they were made for
 _STEPS = 16  # columns of a strip of predictions, which fill the page
 _ROWS = 8
+_SCATTERED = 24  # arms in a scatter: the numbers of more would lie on each other
+_COSTS = (("params", "parameters"), ("latency_ms_b1", "milliseconds for one image"))
 _PANELS = 80  # of losses: each takes a moment to draw, and a log may name any number of phases; arms have up to three, in each size
 _TERMS = 16  # energies that a surrogate is shown with: more than there are, so a file of thousands cannot make a page of them
 _ARMS = 1000  # a file may name any number, and a row takes a millisecond
@@ -115,22 +120,53 @@ class _Dot:
     length: float
 
 
-def _dots(arms: Sequence[Arm], metric: Metric, floor: Value | None) -> tuple[list[_Dot], float | None]:
-    """The arms that have the metric, on one scale from zero, and where the floor lies on it."""
+@dataclass(frozen=True)
+class _Line:
+    """The arms on one scale, from zero or logarithmic, and where the floor lies on it."""
+
+    dots: list[_Dot]
+    floor: float | None = None
+    log: bool = False
+
+
+def _line(arms: Sequence[Arm], metric: Metric, floor: Value | None) -> _Line:
+    """The arms that have the metric."""
     found = [(arm, arm.values[metric.key]) for arm in arms if metric.key in arm.values]
     values = [value for _, value in found] + ([floor] if floor else [])
     top = max((value.mean + (value.sd or 0.0) for value in values), default=0.0)
     if len(found) < 2 or top <= 0:
-        return [], None
+        return _Line([])
+    least = min(value.mean for value in values)
+    log = figures.is_wide(np.array([least, max(value.mean for value in values)]))
 
     def percent(number: float) -> float:
-        return round(100 * min(max(number / (1.03 * top), 0.0), 1.0), 2)
+        share = math.log(max(number / (0.8 * least), 1.0)) / math.log(1.1 * top / (0.8 * least)) if log else number / (1.03 * top)
+        return round(100 * min(max(share, 0.0), 1.0), 2)
 
     dots = []
     for arm, value in found:
         low, high = percent(value.mean - (value.sd or 0.0)), percent(value.mean + (value.sd or 0.0))
         dots.append(_Dot(arm.label, arm.kind, tables.format_value(value), percent(value.mean), low, round(high - low, 2)))
-    return dots, None if floor is None else percent(floor.mean)
+    return _Line(dots, None if floor is None else percent(floor.mean), log)
+
+
+def _scatter(arms: Sequence[Arm], metric: Metric, floor: Value | None) -> dict[str, Any] | None:
+    """Quality against size and against latency, the arms numbered; `None` where all cost the same or too few have both figures."""
+    shown = [arm for arm in arms if metric.key in arm.values and any(key in arm.values for key, _ in _COSTS)][:_SCATTERED]
+    panels = []
+    for key, cost in _COSTS:
+        points = [
+            figures.Point(i, arm.kind, arm.values[key], arm.values[metric.key]) for i, arm in enumerate(shown, 1) if key in arm.values
+        ]
+        points = [point for point in points if point.fits]
+        if len({point.x.mean for point in points}) < 2:
+            continue
+        said = "; ".join(
+            f"{point.number}: {tables.format_value(point.x, key)}, {tables.format_value(point.y, metric.key)}" for point in points
+        )
+        svg = Markup(figures.scatter_svg(points, floor.mean if floor else None, cost, f"scatter-{key.replace('_', '-')}"))
+        panels.append({"cost": cost, "svg": svg, "words": f"{metric.label} against {cost}, by the arms' numbers: {said}"})
+    return {"panels": panels, "arms": shown, "left_out": len(arms) > len(shown) == _SCATTERED} if panels else None
 
 
 @dataclass(frozen=True)
@@ -356,7 +392,7 @@ def _render(run: Path) -> str:
     environment = metrics.get("environment")
     environment = environment if isinstance(environment, Mapping) else {}
     compared = tables.compared_metric(arms, metrics.get("compared"))
-    dots, floor_at = _dots(arms, compared, floor.get(compared.key))
+    line = _line(arms, compared, floor.get(compared.key))
     updates = {arm.updates for arm in arms if arm.kind != "teacher" and arm.updates is not None}
     by_teacher = tables.by_teacher(metrics)
     private_rows, private_columns = tables.privacy_of(metrics)
@@ -366,6 +402,8 @@ def _render(run: Path) -> str:
     seeds = metrics.get("seeds")
     exports = _exports(run)
     exported = tables.exports_of(exports)
+
+    script = (Path(__file__).parent / "page.js").read_text("utf-8")
 
     loader = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -389,8 +427,12 @@ def _render(run: Path) -> str:
         exported=exported,
         export_columns=tables.export_metrics(exported),
         export_digest=_digest(exports),
-        dots=dots,
-        floor_at=floor_at,
+        dots=line.dots,
+        dots_log=line.log,
+        floor_at=line.floor,
+        scatter=_scatter(arms, compared, floor.get(compared.key)),
+        script=Markup(script),
+        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
         uneven=len(updates) > 1,
         value=tables.format_value,
         count=_count,

@@ -180,7 +180,8 @@ def arms_of(metrics: Mapping[str, Any]) -> list[Arm]:
         elif data == "real" or key in (WITH_DATA, SCRATCH):
             kind = "real"
         updates = _number(info.get("updates"))
-        label = str(info.get("label") or ARM_LABELS.get(key) or key.replace("_", " "))
+        own = info.get("label")  # an arm whose label is its name has none that a reader would choose
+        label = ARM_LABELS.get(key, str(own or key.replace("_", " "))) if own in (None, "", key) else str(own)
         arms.append(Arm(key, label, kind, None if updates is None else int(updates), str(info.get("note") or ""), _values(found)))
     return sorted(arms, key=lambda arm: (arm.key != TEACHER, arm.kind != "teacher"))
 
@@ -416,7 +417,8 @@ def verdict(metrics: Mapping[str, Any]) -> str:
     if subject is None:
         return "This run has no data-free student, so there is nothing to judge."
     others = [arm for arm in arms if arm.kind == "free" and arm is not subject]
-    name = f"The data-free student “{subject.label}”" if others or subject.key != DATA_FREE else "The data-free student"
+    plain = subject.label in (DATA_FREE, ARM_LABELS[DATA_FREE]) or (subject.key == DATA_FREE and not others)
+    name = "The data-free student" if plain else f"The data-free student “{subject.label}”"
     savings = _savings(arms, subject)
     saved = f"; compared with the teacher it is {savings}" if savings else ""
 
