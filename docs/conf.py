@@ -34,6 +34,8 @@ napoleon_numpy_docstring = False
 html_theme = "furo"
 html_title = "potstill"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 
 
 def _command_line() -> str:

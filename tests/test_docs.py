@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import browser
 from potstill import cli
 
 pytest.importorskip("sklearn")
@@ -88,14 +89,20 @@ def test_what_is_not_run_is_a_recipe_or_python_all_the_same(page):
             assert isinstance(yaml.safe_load(block.text), dict)
 
 
-def test_the_site_is_built_without_a_warning(tmp_path):
-    pytest.importorskip("sphinx")
-    pytest.importorskip("furo")
-    pytest.importorskip("myst_parser")
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", str(DOCS), str(tmp_path / "html")]
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site, built with warnings as errors."""
+    for builder in ("sphinx", "furo", "myst_parser"):
+        pytest.importorskip(builder)
+    folder = tmp_path_factory.mktemp("site") / "html"
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", str(DOCS), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    pages = sorted((tmp_path / "html").rglob("*.html"))
+    return folder
+
+
+def test_the_sites_links_lead_somewhere_within_it(site):
+    pages = sorted(site.rglob("*.html"))
     assert len(pages) > len(PAGES)
     for page in pages:
         text = page.read_text(encoding="utf-8")
@@ -110,3 +117,19 @@ def test_the_site_is_built_without_a_warning(tmp_path):
                 assert at in ids, f"{page.name}: {target} leads nowhere"
         loaded = re.findall(r'<(?:script|img|link)[^>]*\b(?:src|href)="(https?:[^"]+)"', text)
         assert not loaded, f"{page.name}: takes {loaded} from elsewhere"
+
+
+@browser.needed
+@browser.WINDOWS
+def test_the_site_is_read_in_every_window(site, tmp_path, width, scheme):
+    pages = [site / page.relative_to(DOCS).with_suffix(".html") for page in PAGES]
+    found, said = browser.look(pages, tmp_path, width, scheme)
+    assert len(found) == len(PAGES)
+    for page, of in zip(pages, found, strict=True):
+        assert of["width"] <= width, f"{page.name} scrolls sideways"
+        assert of["dark"] == (scheme == "dark")
+        assert (of["paper"] < 0.1) == of["dark"], page.name
+        assert of["decoded"] == of["images"], page.name
+        assert not of["wordless"], page.name
+        assert of["texts"] > 50, page.name
+    assert not said

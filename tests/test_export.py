@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import browser
 from potstill import build, cli
 from potstill import export as module
 from potstill.errors import BadInput, Failed, Refused
@@ -39,7 +40,6 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX is an extra: pip i
 pytest.importorskip("onnxscript", reason="ONNX is an extra: pip install 'potstill[export]'")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 RECIPE = {
     "name": "digits",
     "seeds": [0],
@@ -394,7 +394,7 @@ class Server(SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium binary on this machine")
+@browser.needed
 @pytest.mark.skipif(
     not (EXAMPLES / "browser" / "node_modules" / "onnxruntime-web").is_dir(),
     reason="no onnxruntime-web: npm install --ignore-scripts in examples/browser",
@@ -407,18 +407,16 @@ def test_a_browser_draws_digits_from_a_local_folder(finished, tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Server, directory=tmp_path))
     server.said, server.heard = [], threading.Event()
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    options = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync"
-    command = [CHROMIUM, "--headless", "--enable-logging=stderr", *(f"--{option}" for option in options.split())]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
+    command = [*browser.COMMAND, f"--user-data-dir={tmp_path / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
     command += ["--remote-debugging-port=0"]  # with which it does not end by itself
     try:
         with (tmp_path / "chromium.log").open("w") as log:
-            browser = subprocess.Popen([*command, f"http://127.0.0.1:{server.server_port}/watch.html"], stdout=log, stderr=log)
+            running = subprocess.Popen([*command, f"http://127.0.0.1:{server.server_port}/watch.html"], stdout=log, stderr=log)
             try:
                 heard = server.heard.wait(120)
             finally:
-                browser.terminate()
-                browser.wait(30)
+                running.terminate()
+                running.wait(30)
     finally:
         server.shutdown()
         server.server_close()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.distributions import Categorical, Normal
 
+import browser
 from potstill import cli, config
 from potstill.data import load
 from potstill.energy import cross_entropy, l2, posterior_kl, total_variation
@@ -26,7 +27,7 @@ from potstill.report import figures, page, tables
 from potstill.synthesize import surrogate
 from potstill.synthesize.synthesis import Step
 from runs import Place, teacher
-from test_report import CHROMIUM, EVIL, decode, dump, make_metrics, make_run, parse, text_of
+from test_report import EVIL, decode, dump, make_metrics, make_run, parse, text_of
 
 SHAPE = (1, 4, 4)
 
@@ -578,7 +579,7 @@ def test_the_terminals_table_names_each_surrogate():
     assert "\x1b" not in lines[-1]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium binary on this machine")
+@browser.needed
 def test_a_browser_shows_the_surrogates_on_a_narrow_phone(tmp_path):
     long = "a" * 90  # one long word must not widen the page
     run = made_run(tmp_path / "run", f"surrogates/{long}", long, f"{long} prompt", long)
