@@ -66,7 +66,7 @@ def test_no_path_of_this_machine_is_told(finished, tmp_path):
         "data": {"kind": "npz", "path": "~/secret/place/data.npz", "test_path": "/mnt/own/test.npz"},
     }
     del recipe["train"]
-    text = str(model_card(config.check(recipe), {}, None, None))
+    text = str(model_card(tmp_path, config.check(recipe), {}, None, None))
     for part in (str(finished.parent), "secret", "/mnt"):
         assert part not in text
     assert "`student`" in text

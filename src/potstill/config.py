@@ -454,6 +454,26 @@ class Training(Section):
     augment: Augment | None = Field(default=None, description="of real or surrogate images; noise is not augmented")
 
 
+class EarlyStopping(Section):
+    """A phase ends when its student gets no better on fresh samples of the teacher, and keeps the weights that were best there."""
+
+    every: Count = Field(default=500, description="updates between two looks")
+    patience: Count = Field(default=4, description="looks on end that find nothing better, after which the phase ends")
+    n: Annotated[int, Field(ge=2, lt=2**31), _NUMERIC] = Field(
+        default=1024, description="samples of the teacher that are looked at, always the same, which no training sees"
+    )
+
+
+class Stoppable(Training):
+    """Updates of one phase, or fewer."""
+
+    early_stopping: EarlyStopping | None = Field(
+        default=None, description="end before all steps are done, by the phase's own loss on fresh samples of the teacher"
+    )
+
+    _later = {"early_stopping": None}
+
+
 class Adversary(Section):
     """The network that a generator is trained against; it is no part of what is saved in the end."""
 
@@ -666,7 +686,7 @@ Surrogate = Annotated[
 ]
 
 
-class Generator(Training):
+class Generator(Stoppable):
     """First phase: the student's generator on the teacher's noise."""
 
     rules: tuple[Rule, ...] = (Rule(nodes="z*", by="wasserstein2", weight=0.1, reduce="mean"), Rule(nodes="out", by="kl"))
@@ -690,6 +710,12 @@ class Generator(Training):
         "of its training data, which its own samples may miss as well",
     )
 
+    @model_validator(mode="after")
+    def _falls(self) -> Generator:
+        if self.early_stopping and self.adversarial:
+            raise ValueError("early_stopping needs a loss that falls, and against an adversary none does; leave one of the two out")
+        return self
+
 
 class Calibrate(Training):
     """Before any student and without data, a small affine map of the noise of each of the teacher's latents is found.
@@ -708,7 +734,7 @@ class Calibrate(Training):
     )
 
 
-class Encoder(Training):
+class Encoder(Stoppable):
     """Second phase: the student's encoder on images, its generator frozen. Without a first phase, all that inference uses."""
 
     rules: tuple[Rule, ...] | None = Field(

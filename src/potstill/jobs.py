@@ -25,13 +25,14 @@ from .distill.adversary import AdversarialTraining, Adversary
 from .distill.augment import augmented
 from .distill.calibration import NOISE_MAP, Calibration, NoiseMap
 from .distill.distiller import UNSHARED, Classification, Continual, Distiller, Encoding, Shared, likelihood, reached, train_only
-from .distill.loop import Batch, Log, Phase, abreast, fit, fitting
+from .distill.loop import Batch, HeldOut, Log, Phase, abreast, fit, fitting
 from .distill.pool import OnlineLinks
 from .distill.trackers import tracked
 from .divergence import total
 from .energy.view import Energy
 from .errors import BadInput, BrokenFile, Locked
 from .evaluate.cost import Operations, needed, parameters
+from .evaluate.reference import of_teacher
 from .families.chain import DenoisingLoss
 from .families.classifier import classes_of
 from .families.diffusion import Autoencoding, Denoising, TextToImage, UNet, chain_of
@@ -325,6 +326,23 @@ def updates(recipe: config.Recipe, arm: config.Arm) -> dict[str, int]:
         ends = [steps * i // rounds for i in range(rounds + 1)]
         phases |= {f"infer-{i + 1}": ends[i + 1] - ends[i] for i in range(rounds)}
     return phases
+
+
+def may_end_early(recipe: config.Recipe) -> bool:
+    """Whether the updates that a recipe names are only the most that are made."""
+    distill = recipe.distill or config.Distill()
+    return any(section is not None and section.early_stopping is not None for section in (distill.generate, distill.infer))
+
+
+def updates_made(recipe: config.Recipe, run: Path, job: Job) -> dict[str, int]:
+    """Number of updates that each phase of a finished student had."""
+    named = updates(recipe, job.arm)
+    if not may_end_early(recipe):
+        return named
+    found = read_json(student_folder(run, job) / "job.json").get("updates")
+    if not isinstance(found, dict) or any(not isinstance(found.get(name), int) for name in named):
+        raise BrokenFile(f"{student_folder(run, job) / 'job.json'}: no updates of {', '.join(named)}; make the student again")
+    return {name: found[name] for name in named}
 
 
 def _plain_name(phase: str) -> str:
@@ -732,9 +750,46 @@ def _distilled(
         calibrated = shop.calibrated if shop.recipe.start_of(arm, plain) == "calibrated" else None
         objective = _objective(distill, arm, plain, teacher, student, adversary, energy, shared, calibrated)
         learns += _own(adversary) if plain == "generate" else []
-        return Phase(name, objective, loss, learns, section, 0 if pool is None else len(pool))
+        held_out = None
+        if isinstance(section, config.Stoppable) and section.early_stopping:
+            of_its_own = _objective(distill, arm, plain, teacher, student, adversary, energy, UNSHARED, calibrated)
+            held_out = _held_out(shop, section, section.early_stopping, of_its_own, plain, student)
+        return Phase(name, objective, loss, learns, section, 0 if pool is None else len(pool), held_out=held_out)
 
     return phase
+
+
+def _held_out(
+    shop: Workshop,
+    section: config.Training,
+    stopping: config.EarlyStopping,
+    objective: Distiller | Encoding,
+    phase: str,
+    student: Model,
+) -> HeldOut:
+    """A phase's loss on samples of the teacher that no training sees: the same for all students of a run.
+
+    Raises:
+        BadInput: the phase is of images, and the teacher generates none.
+    """
+    noise = Noise((shop.recipe.seed, "held out", phase))
+    parts = [range(i, min(i + section.batch, stopping.n)) for i in range(0, stopping.n, section.batch)]
+    images: Tensor | None = None
+    if phase == "infer" and isinstance(objective, Distiller):
+        if shop.teacher.generate is None:
+            raise BadInput("infer: early_stopping looks at samples of the teacher, and this one generates none; leave it out")
+        images = of_teacher(shop.teacher, stopping.n, noise.fold("images"), section.batch).images
+
+    @torch.no_grad()
+    def measure() -> float:
+        with evaluating(student.net):
+            found = [
+                total(objective(noise.at(rows), None if images is None else images[rows.start : rows.stop].to(shop.device), len(rows)))
+                for rows in parts
+            ]
+        return float(torch.cat(found).double().mean())
+
+    return HeldOut(measure, stopping.every, stopping.patience)
 
 
 def _adversarial(shop: Workshop, job: Job, identity: str, student: Model, number: int, keep_going: Callable[[], bool]) -> Iterator[Kept]:
@@ -840,6 +895,7 @@ def make_student(
     folder = student_folder(shop.folder, job)
     counts = updates(recipe, job.arm)
     with _tracked(shop, engine, job.name, counts) as track:
+        log = Log(folder / "log.jsonl", told, track)
         yield from fitting(
             _with(student, adversary),
             phases,
@@ -847,13 +903,15 @@ def make_student(
             Noise((recipe.seed, job.seed)),
             engine=engine,
             states=states,
-            log=Log(folder / "log.jsonl", told, track),
+            log=log,
             save_seconds=recipe.compute.save_seconds,
             log_steps=recipe.compute.log_steps,
             patience=recipe.compute.divergence_patience,
             keep_going=keep_going,
         )
     if engine.is_main_process:
+        if may_end_early(recipe):
+            counts |= {phase: step for phase, step in log.last_steps().items() if phase in counts}
         done = {"identity": identity, "updates": counts, "seed": job.seed}
         save_network(student, folder, student_card(recipe, job, counts, parameters(student.net), parameters(shop.teacher.net)))
         write_json(folder / "job.json", done | {"sha256": sha256(folder / "model.safetensors")})

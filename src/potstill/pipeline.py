@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,7 @@ from .jobs import (
     trained_adversarially,
     undone,
     updates,
+    updates_made,
 )
 from .model import Model
 from .noise import Noise
@@ -564,7 +566,9 @@ class Run:
             for folder, job in final_folders(recipe).items():
                 model = self._load_student(job)
                 calibrated = self.shop.calibrated if recipe.start_of(job.arm, "generate") == "calibrated" else None
-                card = student_card(recipe, job, updates(recipe, job.arm), *self._sizes(model), parameters(calibrated) if calibrated else 0)
+                card = student_card(
+                    recipe, job, updates_made(recipe, self.folder, job), *self._sizes(model), parameters(calibrated) if calibrated else 0
+                )
                 save_network(model, self.folder / folder, card, calibrated)
 
     def bytes_of_surrogates(self) -> int:
@@ -920,7 +924,7 @@ class Run:
             "compared": self._compared(generates),
             "arms": {name: _spread(found) | counts[name] for name, found in rows.items()},
             "arms_info": {"teacher": {"label": "teacher", "updates": None, "data": "real", "note": ""}}
-            | {name: {"label": name} | self._about(arm) for name, arm in arms.items()}
+            | {name: {"label": name} | self._about(name, arm) for name, arm in arms.items()}
             | self._about_mapped(arms),
             "surrogates": surrogates,
             **({"privacy": _privacy(memorization, neighbors)} if memorization else {}),
@@ -1012,7 +1016,7 @@ class Run:
         distill = self.recipe.distill
         return "frechet" if generates and distill and (distill.generate or distill.link) else "reconstruction_mse"
 
-    def _about(self, arm: config.Arm) -> dict[str, Any]:
+    def _about(self, name: str, arm: config.Arm) -> dict[str, Any]:
         own = "a discriminator's losses on" if trained_adversarially(self.shop.teacher) else "the ELBO on"
         loss = own if self.shop.classes is None else "cross-entropy of the labels of"
         if chain_of(self.shop.teacher):
@@ -1024,12 +1028,16 @@ class Run:
             "continual": f"{loss} new real images, and the teacher's own replayed",
         }[arm.kind]
         extra = [f"{k} {v!r}" for k, v in (("share", arm.share), ("replay", arm.replay), ("chain", arm.chain)) if v is not None]
-        counts = updates(self.recipe, arm)
+        made = [updates_made(self.recipe, self.folder, job) for job in jobs(self.recipe) if job.title == name]
+        counts = {phase: round(fmean(of[phase] for of in made)) for phase in made[0]}
+        most = updates(self.recipe, arm)
         if self.recipe.start_of(arm, "generate") == "calibrated":
             note = note.replace("the teacher's noise", "the teacher's noise, calibrated")
         if self.recipe.student and self.recipe.student.start:
             note = f"from the teacher's weights, {note}"
-        note = "; ".join([note, " + ".join(f"{v} {k}" for k, v in counts.items()) + " updates", *extra])
+        note = "; ".join(
+            [note, " + ".join(f"{v} {k}" if v == most[k] else f"{v} of {most[k]} {k}" for k, v in counts.items()) + " updates", *extra]
+        )
         return {"updates": sum(counts.values()), "data": "real" if arm.real else "none", "note": note}
 
     def _rows(self, arms: dict[str, config.Arm]) -> Iterator[str]:
@@ -1048,7 +1056,7 @@ class Run:
             if section and name.endswith(_MAPPED):
                 own = name.removesuffix(_MAPPED)
                 note = f"drawn from noise that goes through the map of the section calibrate ({section.steps} updates, no data)"
-                about = self._about(arms[own]) if own in arms else {"updates": None, "data": "real"}
+                about = self._about(own, arms[own]) if own in arms else {"updates": None, "data": "real"}
                 found[name] = about | {"label": f"{own}, calibrated noise", "note": note}
         return found
 

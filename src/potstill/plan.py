@@ -213,6 +213,10 @@ class _Plan:
         steps, first = synthesis.synthesizer.steps, counted(1)
         return first + (steps - 1) * (counted(2) - first)
 
+    def _at_most(self, phase: str) -> str:
+        section = getattr(self.recipe.distill, phase.partition("-")[0], None)
+        return "at most " if getattr(section, "early_stopping", None) else ""
+
     def _distill(self) -> Iterator[str]:
         recipe, every = self.recipe, jobs(self.recipe)
         workers, _ = self.run.workers(len(groups(recipe)))
@@ -229,7 +233,7 @@ class _Plan:
                     batch = self._batch(arm, name.partition("-")[0])
                     update = each[title][name] * batch
                     self.flops += update * steps * len(recipe.seeds)
-                    phases.append(f"{name} {steps:,} updates of {batch}, {_operations(update)} each")
+                    phases.append(f"{name} {self._at_most(name)}{steps:,} updates of {batch}, {_operations(update)} each")
                 yield f"{title}: {'; '.join(phases)}"
         if recipe.students:
             yield "the teacher's part of an update is counted for each width, and is done once"

@@ -14,7 +14,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, HfApi, Mod
 
 from . import __version__, config
 from .errors import BadInput, Failed, Refused, redacted
-from .jobs import Job, final_folders, updates
+from .jobs import Job, final_folders, updates_made
 from .report.tables import arms_of, format_value, metrics_in, text_table, verdict
 from .state import new_folder, read_json
 from .synthesize import surrogate
@@ -106,21 +106,22 @@ def _student(run: Path, recipe: config.Recipe, license: str | None, place: Path)
             raise BadInput(f"{run}: no {name} in it; run the distill stage first")
     metrics = read_json(run / "metrics.json") if (run / "metrics.json").is_file() else None
     try:
-        whole = model_card(recipe, folders, metrics, license)
+        whole = model_card(run, recipe, folders, metrics, license)
     except (KeyError, TypeError, AttributeError):
         raise BadInput(f"{run / 'metrics.json'}: not what potstill wrote there") from None
     for name, job in folders.items():
         own = place / Path(name).relative_to("student")
         shutil.copytree(run / name, own, dirs_exist_ok=True, ignore=shutil.ignore_patterns("README.md", ".*"))
         if own != place:
-            (own / "README.md").write_text(str(model_card(recipe, {name: job}, metrics, license)), encoding="utf-8")
+            (own / "README.md").write_text(str(model_card(run, recipe, {name: job}, metrics, license)), encoding="utf-8")
     (place / "README.md").write_text(str(whole), encoding="utf-8")
 
 
-def model_card(recipe: config.Recipe, jobs: dict[str, Job], metrics: dict[str, Any] | None, license: str | None) -> ModelCard:
+def model_card(run: Path, recipe: config.Recipe, jobs: dict[str, Job], metrics: dict[str, Any] | None, license: str | None) -> ModelCard:
     """The card of students.
 
     Args:
+        run: its folder.
         recipe: of the run.
         jobs: which they are, by their folder.
         metrics: of the run, where it was evaluated.
@@ -137,7 +138,7 @@ def model_card(recipe: config.Recipe, jobs: dict[str, Job], metrics: dict[str, A
         model_name=recipe.name,
         eval_results=[result for job in jobs.values() for result in _results(job, metrics)] or None,
     )
-    how = [f"- `{name}`: arm `{job.title}`, seed {job.seed}; {_counted(updates(recipe, job.arm))}" for name, job in jobs.items()]
+    how = [f"- `{name}`: arm `{job.title}`, seed {job.seed}; {_counted(updates_made(recipe, run, job))}" for name, job in jobs.items()]
     read = any(job.arm.real for job in jobs.values())
     parts = [
         f"# {recipe.name}",

@@ -52,6 +52,21 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """What a phase is measured on beside its batches, so that it can end when that gets no better.
+
+    Args:
+        measure: the loss of the network as it is now, on samples that are always the same; the same in every process.
+        every: updates between two measurements.
+        patience: measurements on end without a smaller one, after which the phase ends.
+    """
+
+    measure: Callable[[], float]
+    every: int
+    patience: int
+
+
+@dataclass(frozen=True)
 class Phase:
     """One stretch of updates.
 
@@ -63,6 +78,7 @@ class Phase:
         training: updates, batch size, learning rate and so on.
         images: size of the data set that indices are drawn from; 0 where batches are of noise alone.
         split: whether several processes share out the rows of a batch; where a loss is of the batch as a whole, each takes all of them.
+        held_out: what may end the phase before all its updates are made. The network then ends with the weights that were best there.
     """
 
     name: str
@@ -72,6 +88,7 @@ class Phase:
     training: Training
     images: int = 0
     split: bool = True
+    held_out: HeldOut | None = None
 
 
 def learning_rate(training: Training, step: int) -> float:
@@ -119,6 +136,39 @@ class Average:
             else:
                 self.shadow[name].copy_(t)
 
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Within the block the network has the average's values."""
+        own = {name: t.clone() for name, t in self._net.state_dict().items()}
+        self._net.load_state_dict(self.shadow)
+        try:
+            yield
+        finally:
+            self._net.load_state_dict(own)
+
+
+class Best:
+    """The weights that a held-out loss was smallest with, and how many later measurements found none smaller."""
+
+    def __init__(self) -> None:
+        self.least, self.since = math.inf, 0
+        self.weights: dict[str, Tensor] = {}
+
+    def add(self, value: float, net: nn.Module) -> None:
+        """Take note of a measurement of the network as it is now."""
+        self.since += 1
+        if value < self.least:
+            self.least, self.since = value, 0
+            self.weights = {name: t.detach().clone() for name, t in net.state_dict().items()}
+
+    def load(self, tree: dict[str, Any]) -> None:
+        """Go on from what :meth:`tree` gave."""
+        self.least, self.since, self.weights = tree["least"], tree["since"], tree["weights"]
+
+    def tree(self) -> dict[str, Any]:
+        """As it is saved."""
+        return {"least": self.least, "since": self.since, "weights": self.weights}
+
 
 class Log:
     """``log.jsonl``: one JSON object a line. What a killed run wrote past its last state is cut off when it resumes."""
@@ -140,6 +190,11 @@ class Log:
                     continue
         write_text(self._path, "".join(line + "\n" for line in kept))
         return entries
+
+    def last_steps(self) -> dict[str, int]:
+        """The last step of each phase of which it tells."""
+        entries = map(json.loads, self._path.read_text(encoding="utf-8").splitlines())
+        return {entry["phase"]: entry["step"] for entry in entries}
 
     def write(self, entry: dict[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
@@ -383,11 +438,14 @@ def _fit_phase(
         phase.parameters, training.lr, (training.beta1, training.beta2), weight_decay=training.weight_decay, foreach=True
     )
     average = Average(net, training.ema) if training.ema else None
+    held_out, best = phase.held_out, Best()
     start = 0
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
         if average:
             average.load(saved["average"])
+        if "best" in saved:
+            best.load(saved["best"])
         for name, buffer in phase.objective.named_buffers(recurse=False):
             if name in saved.get("objective", {}):
                 buffer.copy_(saved["objective"][name])
@@ -415,6 +473,7 @@ def _fit_phase(
             tree = {"phase": phase.name, "step": step, "net": dict(net.state_dict()), "optimizer": plain}
             own = {name: buffer for name, buffer in phase.objective.named_buffers(recurse=False) if name in phase.objective.state_dict()}
             tree |= {"average": average.shadow} if average else {}
+            tree |= {"best": best.tree()} if best.weights else {}
             states.save((position << 24) + step, tree | ({"objective": own} if own else {}))
 
     since_log, since_save, logged = time.perf_counter(), time.monotonic(), start
@@ -438,7 +497,15 @@ def _fit_phase(
         done = step + 1
         if average:
             average.update(done)
-        if done % log_steps == 0 or done == training.steps or step == start:
+        measured = None
+        if held_out and (done % held_out.every == 0 or done == training.steps):
+            with average.shown() if average else nullcontext():
+                measured = held_out.measure()
+                if not math.isfinite(measured):
+                    raise BadInput(f"{phase.name}: the loss on held-out samples is not finite at update {done}; {remedy}")
+                best.add(measured, net)
+        last = done == training.steps or (held_out is not None and best.since >= held_out.patience)
+        if done % log_steps == 0 or last or step == start or measured is not None:
             # The loss is read, and so the device waited for, only when a line is written; weights that it spoiled are never saved.
             means = torch.stack([value.detach().float().mean() for value in losses.values()])
             parts = dict(zip(losses, (means if processes == 1 else engine.reduce(means * share, "mean")).tolist(), strict=True))
@@ -456,17 +523,22 @@ def _fit_phase(
                     "steps": training.steps,
                     "loss": value,
                     **{f"loss/{k}": v for k, v in parts.items()},
+                    **({} if measured is None else {"held_out": measured}),
                 }
                 log.write(entry | {"lr": learning_rate(training, step), "images_per_second": round(speed, 1)})
                 watch.add(done, parts)
                 if said := watch.verdict(done, parts):
                     raise BadInput(f"{phase.name}: {said}; {remedy}, or go on with compute.divergence_patience=null")
-            if done < training.steps and watch.calm and time.monotonic() - since_save >= save_seconds:
+            if last:
+                break
+            if watch.calm and time.monotonic() - since_save >= save_seconds:
                 save(done)
                 since_save = time.monotonic()
-    if average:
+    if best.weights:
+        net.load_state_dict(best.weights)
+    elif average:
         net.load_state_dict(average.shadow)
-    save(training.steps)
+    save(training.steps)  # of a phase that ended before, too: when the run goes on, nothing of it is left to do
 
 
 @contextmanager
