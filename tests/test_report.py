@@ -663,6 +663,18 @@ def test_verdict_without_a_spread_warns():
     assert "chance" not in tables.verdict(make_metrics())
 
 
+def test_figures_of_one_seed_have_no_spread(tmp_path):
+    metrics = make_metrics() | {"seeds": [7]}
+    for arm in metrics["arms"].values():
+        arm["frechet"] = spread(arm["frechet"]["mean"], 0.0)
+    assert {arm.values["frechet"].sd for arm in tables.arms_of(metrics)} == {tables.floor_of(metrics)["frechet"].sd} == {None}
+    assert "±" not in tables.text_table(metrics)
+    text = text_of(page.write(make_run(tmp_path / "run", metrics=metrics)))
+    assert "One seed, 7: how far chance moves these figures is not known" in text
+    assert "standard deviation" not in text
+    assert "without a spread over seeds chance is not ruled out" in text
+
+
 def test_verdict_admits_a_larger_and_slower_student():
     metrics = make_metrics()
     metrics["arms"]["teacher"].update(params=183328, latency_ms_b1=3.1)

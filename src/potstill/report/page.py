@@ -427,6 +427,7 @@ def _render(run: Path) -> str:
         exported=exported,
         export_columns=tables.export_metrics(exported),
         export_digest=_digest(exports),
+        spread=any(value.sd is not None for arm in arms for value in arm.values.values()),
         dots=line.dots,
         dots_log=line.log,
         floor_at=line.floor,

@@ -161,6 +161,17 @@ def _values(found: object) -> dict[str, Value]:
     return {key: value for key, value in pairs if value is not None}
 
 
+def _over_seeds(found: object, metrics: Mapping[str, Any]) -> dict[str, Value]:
+    """Figures over a run's seeds: one seed has no spread, though the file writes it as 0."""
+    values = _values(found)
+    return {key: Value(value.mean) for key, value in values.items()} if _one_seed(metrics) else values
+
+
+def _one_seed(metrics: Mapping[str, Any]) -> bool:
+    seeds = metrics.get("seeds")
+    return isinstance(seeds, list) and len(seeds) == 1
+
+
 def _mapping(found: object) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
@@ -182,7 +193,9 @@ def arms_of(metrics: Mapping[str, Any]) -> list[Arm]:
         updates = _number(info.get("updates"))
         own = info.get("label")  # an arm whose label is its name has none that a reader would choose
         label = ARM_LABELS.get(key, str(own or key.replace("_", " "))) if own in (None, "", key) else str(own)
-        arms.append(Arm(key, label, kind, None if updates is None else int(updates), str(info.get("note") or ""), _values(found)))
+        arms.append(
+            Arm(key, label, kind, None if updates is None else int(updates), str(info.get("note") or ""), _over_seeds(found, metrics))
+        )
     return sorted(arms, key=lambda arm: (arm.key != TEACHER, arm.kind != "teacher"))
 
 
@@ -253,7 +266,9 @@ def privacy_of(metrics: Mapping[str, Any]) -> tuple[list[Arm], list[Metric]]:
     """Rows and columns of the table of copied training images, what is expected without copies last; both empty without that section."""
     found = _mapping(metrics.get("privacy"))
     sets = _mapping(found.get("sets"))
-    rows = [replace(row, values=_values(sets[row.key])) for row in (*arms_of(metrics), *surrogates_of(metrics)) if row.key in sets]
+    rows = [
+        replace(row, values=_over_seeds(sets[row.key], metrics)) for row in (*arms_of(metrics), *surrogates_of(metrics)) if row.key in sets
+    ]
     if not rows:
         return [], []
     expected = {"near": found.get("near_expected"), "median_ratio": 1.0, "train_nearest": found.get("train_nearest_expected")}
@@ -266,7 +281,7 @@ def _words(key: str) -> str:
 
 def floor_of(metrics: Mapping[str, Any]) -> dict[str, Value]:
     """The floor: every metric with reference images against others of their origin, the best that any model can be expected to reach."""
-    return _values(_mapping(metrics.get("reference")).get("floor"))
+    return _over_seeds(_mapping(metrics.get("reference")).get("floor"), metrics)
 
 
 def by_teacher(metrics: Mapping[str, Any]) -> bool:
@@ -398,12 +413,6 @@ def _comparison(metric: Metric, ours: Value, theirs: Value) -> str:
     return "better than" if (difference < 0) == (metric.better == "lower") else "worse than"
 
 
-def _spreadless(metrics: Mapping[str, Any], values: Sequence[Value]) -> bool:
-    """Whether the spread over seeds is unknown for any of the values compared; that of one seed is, even when it is written as 0."""
-    seeds = metrics.get("seeds")
-    return (isinstance(seeds, list) and len(seeds) == 1) or any(value.sd is None for value in values)
-
-
 def verdict(metrics: Mapping[str, Any]) -> str:
     """One sentence on the data-free student: against both students that saw data, and in size and speed against the teacher.
 
@@ -457,7 +466,7 @@ def verdict(metrics: Mapping[str, Any]) -> str:
     sentence = f"{name} ({figure}) is {compared}"
     if absent:
         sentence += f" (this run has no figure for a {absent[0]})"
-    if _spreadless(metrics, values):
+    if any(value.sd is None for value in values):
         sentence += ", though without a spread over seeds chance is not ruled out"
     return f"{sentence}{saved}."
 
