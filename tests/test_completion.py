@@ -1,4 +1,4 @@
-"""What a shell offers at a press of the tab key, asked of a real bash with the script that ``potstill completion bash`` prints."""
+"""What a shell offers at a press of the tab key, asked of a real bash, and a real fish, with the scripts that they are given."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ printf '%s\n' "${COMPREPLY[@]}"
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("completion")
-    (folder / "potstill.bash").write_text(script("bash", cli._parser()))
+    for shell in ("bash", "fish"):
+        (folder / f"potstill.{shell}").write_text(script(shell, cli._parser()))
     (folder / "recipe.yaml").write_text("")
     (folder / "runs" / "a run").mkdir(parents=True)
     return folder
@@ -65,7 +66,7 @@ def test_commands_and_their_options(offered):
 def test_what_options_and_arguments_take(offered):
     assert offered("potstill export runs --to ") == {"onnx", "torch-export", "diffusers"}
     assert offered("potstill completion ") == set(SHELLS)
-    assert offered("potstill run ") == {"potstill.bash", "recipe.yaml", "runs"}
+    assert offered("potstill run ") == {"potstill.bash", "potstill.fish", "recipe.yaml", "runs"}
     assert offered("potstill run rec") == {"recipe.yaml"}
     assert offered("potstill run recipe.yaml --out ") == {"runs"}
     assert offered("potstill compare runs/") == {"runs/a run"}
@@ -73,7 +74,7 @@ def test_what_options_and_arguments_take(offered):
 
 
 def test_models_of_the_zoo_in_spite_of_the_colon(offered):
-    assert offered("potstill init ") == ZOO | {"potstill.bash", "recipe.yaml", "runs"}
+    assert offered("potstill init ") == ZOO | {"potstill.bash", "potstill.fish", "recipe.yaml", "runs"}
     assert offered("potstill init zoo:digits") == {"digits-classifier", "digits-lvae"}  # what comes after the colon is replaced
     assert offered("potstill doctor --teacher z") == ZOO
 
@@ -104,6 +105,27 @@ def test_every_key_that_a_recipe_sets_is_offered(recipe):
     sections = {key.rpartition(".")[0] + "=" for key in known}
     found = {key for key in leaves(config.read(recipe).model_dump(mode="json")) if key not in sections}  # a section may be null
     assert found - set(known) - {f"{name}=" for name in config.Recipe.model_fields} == set()
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("potstill e", {"evaluate", "export"}),
+        ("potstill run --l", {"--log-json"}),
+        ("potstill export runs --to ", {"onnx", "torch-export", "diffusers"}),
+        ("potstill run rec", {"recipe.yaml"}),
+        ("potstill run recipe.yaml --out ", {"runs/"}),
+        ("potstill run recipe.yaml --import ", set()),
+        ("potstill init zoo:digits-l", {"zoo:digits-lvae"}),
+        ("potstill run recipe.yaml distill.generate.st", {"distill.generate.start=", "distill.generate.steps="}),
+    ],
+)
+def test_fish_offers_the_same(place, line, expected):
+    command = ["fish", "--no-config", "-c", "source potstill.fish; complete -C $argv[1]", line]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {offer.partition("\t")[0] for offer in done.stdout.splitlines()} == expected
 
 
 @pytest.mark.parametrize("shell", SHELLS)

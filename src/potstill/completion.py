@@ -223,7 +223,8 @@ def _fish(commands: Mapping[str, _Command], zoo: Sequence[str], keys: Sequence[s
         seen = f"__fish_seen_subcommand_from {name}"
         for option, value in command.options.items():
             flag = f"-l {option[2:]}" if option.startswith("--") else f"-s {option[1:]}"
-            yield f"complete -c potstill -n '{seen}' {flag}" + (f" -r {action(value)}" if value else "")
+            takes = "-r" if value and value.kind in ("file", "model") else "-x"  # -x: no files beside what is named
+            yield f"complete -c potstill -n '{seen}' {flag}" + (f" {takes} {action(value)}" if value else "")
         for i, value in enumerate(command.arguments):
             more = command.repeats and i == len(command.arguments) - 1
             # The words before the cursor, of which potstill and the command are two; options are counted as well.
