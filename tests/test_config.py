@@ -580,3 +580,21 @@ def test_importing_it_loads_nothing_heavy():
     code = "import sys, potstill.config, potstill.cli; print([m for m in ('torch', 'numpy', 'PIL', 'pyarrow', 'rich') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("kind", ["scratch", "continual"])
+def test_an_arm_of_one_phase_gets_as_many_updates_as_the_others(kind):
+    distill = {"generate": {"steps": 300}, "infer": {"steps": 200}}
+    base = {"name": "r", "teacher": {"kind": "pretrained", "path": "t"}, "student": {"width": 2}, "surrogate": {"kind": "ancestral"}}
+    base |= {"data": {"kind": "digits"}}
+
+    def steps(arms, **more):
+        return getattr(config.check(base | {"arms": arms, "distill": distill | more}).distill, kind).steps
+
+    assert steps(["data_free", kind]) == 500
+    assert steps(["data_free", kind], infer=None) == 300
+    assert steps(["data_free", kind], **{kind: {"steps": 7}}) == 7
+    assert steps(["data_free", kind], **{kind: {"batch": 7}}) == 500
+    assert steps(["data_free"]) == 1000  # of no use there, and hashed as ever
+    again = config.check(base | {"arms": [kind], "distill": distill})
+    assert config.check(again.model_dump(mode="json")) == again

@@ -232,3 +232,16 @@ def test_the_library_gives_its_names_late():
         assert name in dir(potstill)
     with pytest.raises(AttributeError, match="no attribute 'nope'"):
         _ = potstill.nope
+
+
+def test_looking_at_a_model_in_train_mode_changes_nothing():
+    """Samples and reconstructions are those of eval mode, and the statistics of BatchNorm are not those of what was looked at."""
+    whole = Whole().train()
+    model, before = from_autoencoder(whole.encode, whole.decode, WIDE), {k: v.clone() for k, v in whole.state_dict().items()}
+    images = torch.rand(5, *SHAPE)
+    drawn, again = model.sample(5, Noise((1,))), model.reconstruct(images, Noise((1,)))
+    assert all(torch.equal(value, before[name]) for name, value in whole.state_dict().items())
+    assert all(module.training for module in whole.modules())
+    model.frozen()
+    assert torch.equal(drawn, model.sample(5, Noise((1,))))
+    assert torch.equal(again, model.reconstruct(images, Noise((1,))))

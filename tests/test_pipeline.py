@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -17,7 +19,7 @@ from potstill.families.classifier import Classifier
 from potstill.families.lvae import LVAE
 from potstill.noise import Noise
 from potstill.state import lock, read_tensors
-from runs import digits_like, results, snapshot
+from runs import digits_like, environment, results, snapshot
 
 STEPS = {"steps": 3, "batch": 16}
 ARMS = ["data_free", "with_data", "scratch"]
@@ -96,7 +98,14 @@ def test_every_file_has_its_place(finished):
 def test_metrics_have_the_promised_shape(finished):
     metrics = json.loads((finished / "metrics.json").read_text())
     assert metrics["format"] == "potstill-metrics/1"
-    assert metrics["reference"] | {"floor": 0} == {"kind": "data", "data": "digits (seed 0)", "n": 64, "features": "pixels", "floor": 0}
+    assert metrics["reference"] | {"floor": 0} == {
+        "kind": "data",
+        "data": "digits (seed 0)",
+        "n": 64,
+        "features": "pixels",
+        "dimensions": 64,
+        "floor": 0,
+    }
     assert set(metrics["reference"]["floor"]) == QUALITY
     assert metrics["seeds"] == [0, 1]
     assert set(metrics["arms"]) == set(metrics["arms_info"]) == {"teacher", *(f"student_{arm}" for arm in ARMS)}
@@ -430,6 +439,92 @@ def test_the_demo(tmp_path, monkeypatch, capsys):
     assert cli.main([*arguments, "--quiet"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert "student_data_free" in out
+    assert "Student, data-free" in out
     assert out.splitlines()[-1].startswith("report: runs/")
     assert (tmp_path / out.splitlines()[-1].removeprefix("report: ")).stat().st_size > 10_000
+
+
+OWN = """
+from torch import nn
+from potstill.model import Images, Model
+from own_net import Linear
+
+def teacher():
+    net = Linear(32)
+
+    def generate(sample):
+        return net(sample.normal("z", (4,))).view(-1, 1, 8, 8)
+
+    return Model(net, Images((1, 8, 8)), generate)
+
+def student():
+    net = Linear(2)
+    return Model(net, Images((1, 8, 8)), lambda sample: net(sample.normal("z", (4,))).view(-1, 1, 8, 8))
+"""
+OWN_NET = """
+from torch import nn
+
+class Linear(nn.Sequential):
+    def __init__(self, inner):
+        super().__init__(nn.Linear(4, inner), nn.Linear(inner, 64))
+"""
+
+
+@pytest.mark.parametrize("changed", ["own", "own_net"])
+def test_code_of_ones_own_that_has_changed_is_another_input(place, changed):
+    """A process each, for a module is imported once."""
+    (place.folder / "own.py").write_text(OWN)
+    (place.folder / "own_net.py").write_text(OWN_NET.replace("super()", "import torch; torch.manual_seed(0); super()"))
+    place.recipe |= {"teacher": {"kind": "python", "target": "own:teacher"}, "student": {"target": "own:student"}}
+    place.recipe["distill"] = {"generate": {"steps": 2, "batch": 8}, "infer": None}
+    place.write(data=None, evaluate=None, report=None)
+
+    def run():
+        command = [sys.executable, "-m", "potstill", "run", "recipe.yaml", "--out", "out", "--import", "own"]
+        done = subprocess.run(command, cwd=place.folder, env=environment(), capture_output=True, text=True)
+        return done.returncode, done.stderr
+
+    assert run()[0] == 0
+    file = place.folder / f"{changed}.py"
+    file.write_text(f"# a word on it\n\n{file.read_text()}")
+    code, said = run()
+    assert code == 0
+    assert said.count("done already") == 2
+    before = snapshot(place.out)
+    file.write_text(re.sub("^(class Linear|def student)", r"times = 2\n\n\1", file.read_text(), flags=re.MULTILINE))
+    code, said = run()
+    assert code == 2
+    assert f"differs: code.{changed}" in said
+    assert snapshot(place.out) == before
+
+
+def test_a_final_student_and_figures_that_are_damaged_are_made_again(place, capsys):
+    assert place.run("run") == 0
+    weights, metrics = place.out / "student" / "model.safetensors", place.out / "metrics.json"
+    whole, figures = weights.read_bytes(), metrics.read_text()
+    weights.write_bytes(whole + b" ")
+    capsys.readouterr()
+    assert cli.main(["run", str(place.write()), "--out", str(place.out)]) == 0
+    assert "distill: student/model.safetensors is gone or has changed, again" in capsys.readouterr().err
+    assert weights.read_bytes() == whole
+    metrics.write_text(figures.replace('"n": 16', '"n": 17'))
+    assert place.run("run") == 0
+    assert json.loads(metrics.read_text())["reference"] == json.loads(figures)["reference"]
+    assert cli.main(["doctor", str(place.out)]) == 0
+
+
+def test_data_that_no_figure_comes_from_are_told_and_must_be_there(place, capsys):
+    by_teacher = {"evaluate": place.recipe["evaluate"] | {"reference": "teacher"}}
+    assert cli.main(["run", str(place.write(**by_teacher)), "--out", str(place.out)]) == 0
+    assert "data is given, and figures are of the teacher's images all the same" in capsys.readouterr().err
+    gone = by_teacher | {"data": {"kind": "folder", "path": "nowhere"}}
+    assert place.run("run", "--dry-run", **gone) == 2
+    assert "nowhere: no such file or folder" in capsys.readouterr().err
+
+
+def test_arms_of_different_numbers_of_updates_are_told(place, capsys):
+    place.recipe["arms"] = ["data_free", "scratch"]
+    assert cli.main(["run", str(place.write()), "--out", str(place.out)]) == 0
+    said = capsys.readouterr()
+    assert "updates differ, so arms do not compare like for like: student_data_free 6, student_scratch 3" in said.err
+    assert "students had different numbers of updates (3, 6): they do not compare like for like" in said.out

@@ -57,6 +57,7 @@ def test_a_run_without_data_is_measured_against_fresh_samples(done):
     assert found["reference"]["floor"]["frechet"]["mean"] == pytest.approx(frechet(flat(fresh), flat(others)), rel=1e-4)
     assert set(found["reference"]["floor"]) == DISTANCES
     assert found["reference"] | {"floor": 0, "images": 0} == {
+        "dimensions": 64,
         "kind": "teacher",
         "data": "the teacher's own making",
         "n": 24,

@@ -648,7 +648,8 @@ def test_pooled_spread_is_the_root_mean_square():
 
 def test_verdict_without_baselines_says_so():
     said = tables.verdict(with_frechet(with_data=None, scratch=None))
-    assert "nothing to compare with" in said
+    assert "has Fréchet distance 12.0 ± 0.5 on features “pixels”, lower is better, its teacher 5.20 ± 0.10, " in said
+    assert "real images against real images 0.500 ± 0.020. This run has no figure for a student trained on real data" in said
     assert "better than" not in said
     assert "worse than" not in said
     assert "15 times smaller" in said
@@ -681,6 +682,31 @@ def test_verdict_admits_a_larger_and_slower_student():
     assert "compared with the teacher it is 2.0 times larger and equally fast" in tables.verdict(metrics)
     metrics["arms"]["teacher"]["latency_ms_b1"] = 1.5
     assert "2.0 times slower" in tables.verdict(metrics)
+
+
+@pytest.mark.parametrize(
+    ("student", "said"),
+    [
+        ({"latency_ms_b1": spread(24.5, 2.0)}, "equally fast"),
+        ({"latency_ms_b1": spread(30.0, 9.0)}, "equally fast"),  # 6 apart, and the pooled spread is 6.4
+        ({"latency_ms_b1": spread(30.0, 1.0)}, "1.2 times slower"),
+        ({"latency_ms_b1": spread(30.0, None), "latency_iqr_ms_b1": spread(20.0, None)}, "equally fast"),
+        ({"latency_ms_b1": spread(30.0, None), "latency_iqr_ms_b1": spread(2.0, None)}, "1.2 times slower"),
+    ],
+)
+def test_a_difference_of_times_within_their_spread_is_none(student, said):
+    metrics = make_metrics()
+    metrics["arms"]["student_data_free"] |= student
+    assert said in tables.verdict(metrics)
+
+
+def test_too_few_images_for_the_features_are_told(tmp_path):
+    metrics = make_metrics()
+    metrics["reference"]["dimensions"] = 1024
+    assert "1,024 images are too few for 1,024 features" in tables.text_table(metrics)
+    assert "1,024 images are too few for 1,024 features" in text_of(page.write(make_run(tmp_path / "run", metrics=metrics)))
+    metrics["reference"]["dimensions"] = 1023
+    assert "too few" not in tables.text_table(metrics)
 
 
 def test_verdict_picks_its_student_by_name_and_never_by_its_figures():

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
 import os
+import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -35,7 +39,7 @@ from .families.vrnn import VRNN
 from .importers import kd4dgm, pythae, transformers_classifier
 from .model import Model
 from .noise import Noise
-from .state import check_weights, digest_of, read_json, read_tensors, sha256
+from .state import check_weights, digest_of, fingerprint, read_json, read_tensors, sha256
 from .synthesize.ancestral import Ancestral, Uniform
 from .synthesize.guided import Guided
 from .synthesize.inversion import Inversion, LatentInversion
@@ -50,6 +54,7 @@ PACKAGE = Path(__file__).parent
 ZOO = PACKAGE / "zoo"
 Network = LVAE | VAE | GAN | Classifier | ResNet | UNet | LatentDiffusion | HelmholtzMachine | VRNN
 _NET: TypeAdapter[config.Net] = TypeAdapter(config.Net)
+_INSTALLED = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")]
 _TIMED = 20  # calls of a network whose time is looked for; the median counts
 
 
@@ -326,6 +331,17 @@ def named(target: str, allowed: Sequence[str]) -> Any:
     if found is None:
         raise BadInput(f"{target}: module {module} has no {name!r}")
     return found
+
+
+def digest_of_code(module: str) -> str:
+    """Of what an imported module's source does: not of its comments and layout. Empty where it has no source, or is an installed one."""
+    try:
+        source = inspect.getsourcefile(sys.modules[module])
+        if source is None or any(Path(source).is_relative_to(place) for place in (PACKAGE, *_INSTALLED)):
+            return ""
+        return fingerprint(ast.dump(ast.parse(Path(source).read_text(encoding="utf-8"))))
+    except (OSError, KeyError, TypeError, ValueError, SyntaxError):
+        return ""
 
 
 def resolve(target: str, allowed: Sequence[str], **arguments: Any) -> Any:

@@ -779,6 +779,7 @@ class Scratch(Training):
     It is the ELBO, for a classifier the cross-entropy of the labels, and for a GAN the losses of generator and discriminator.
     """
 
+    steps: Count = Field(default=1000, description="updates; by default as many as all phases of a distilled arm together")
     beta: NotNegative = Field(default=1.0, description="weight of the latents' KL")
     beta_warmup: NotNegative = Field(default=200, description="updates over which beta rises from 0")
     discriminator: Adversary = Field(default=Adversary(), description="of a gan")
@@ -828,6 +829,14 @@ class Distill(Section):
         description="parts that the data-free phase infer is done in; before each but the first, surrogates with the energy disagreement "
         "are made again against the student, and join the images",
     )
+
+    def as_many(self, kind: Literal["scratch", "continual"]) -> Distill:
+        """With as many updates for arms of that kind as all phases of a distilled arm have, unless their number is given."""
+        section: Scratch = getattr(self, kind)
+        whole = sum(phase.steps for phase in (self.link, self.generate, self.infer) if phase is not None)
+        if not whole or "steps" in section.model_fields_set:
+            return self
+        return self.model_copy(update={kind: section.model_copy(update={"steps": whole})})
 
     def generators(self, arm: Arm) -> tuple[tuple[str, Link | Generator], ...]:
         """The phases of a distilled arm that train the student's generator, in order, by name."""
@@ -1048,6 +1057,15 @@ class Recipe(Section):
         if len(set(names)) < len(names):
             raise ValueError(f"two are the same: {', '.join(map(str, names))}")
         return values
+
+    @model_validator(mode="after")
+    def _even(self) -> Recipe:
+        """Arms get equal numbers of updates unless the recipe says otherwise."""
+        kinds: tuple[Literal["scratch", "continual"], ...] = ("scratch", "continual")
+        for kind in kinds:
+            if self.distill and any(arm.kind == kind for arm in self.arms):
+                object.__setattr__(self, "distill", self.distill.as_many(kind))  # frozen it is for others
+        return self
 
     @model_validator(mode="after")
     def _complete(self) -> Recipe:

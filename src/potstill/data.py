@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .config import DigitsData, FileData, GlyphsData, OldFaithfulData, StrokesData, ValuesData
+from .config import Data, DigitsData, FileData, GlyphsData, OldFaithfulData, StrokesData, ValuesData
 from .errors import BadInput, Failed
 from .noise import Noise
 from .state import check_plain
@@ -516,7 +516,22 @@ def _parted(name: str, whole: Split, where: str, fraction: float, seed: int) -> 
     return Dataset(name, parts[0], parts[1])
 
 
-def load(data: DigitsData | GlyphsData | FileData | ValuesData | OldFaithfulData | StrokesData) -> Dataset:
+def places(data: Data) -> list[Place]:
+    """The files or folders that a recipe names for its images, the held-out ones last; none for data that potstill has or makes.
+
+    Raises:
+        BadInput: one is not there.
+    """
+    paths = [place(p) for p in (data.path, data.test_path) if p is not None] if isinstance(data, FileData | ValuesData) else []
+    for path in paths:
+        if not path.exists():
+            raise BadInput(f"{path}: no such file or folder")
+        if data.kind == "folder" and not path.is_dir():
+            raise BadInput(f"{path}: a folder of images is expected")
+    return paths
+
+
+def load(data: Data) -> Dataset:
     """Read and check the images that a recipe names.
 
     Raises:
@@ -532,12 +547,7 @@ def load(data: DigitsData | GlyphsData | FileData | ValuesData | OldFaithfulData
         own = Path(__file__).with_name("old_faithful.csv")
         name = f"old faithful (seed {data.seed})"
         return _parted(name, Split(_read_values(own, None), None), str(own), data.test_fraction, data.seed)
-    paths = [place(p) for p in (data.path, data.test_path) if p is not None]
-    for path in paths:
-        if not path.exists():
-            raise BadInput(f"{path}: no such file or folder")
-        if data.kind == "folder" and not path.is_dir():
-            raise BadInput(f"{path}: a folder of images is expected")
+    paths = places(data)
     if data.kind == "folder":
         images, classes = zip(*(_read_folder(path, data) for path in paths), strict=True)
         splits = [Split(*pair) for pair in zip(images, _numbered(list(classes), paths), strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,19 @@ def _files(folder: Path, stage: str) -> Iterator[Path]:
             hidden = any(part.startswith(".") for part in parts)
             if path.is_file() and not path.is_symlink() and not hidden and path.name not in _MARKS and path.suffix != ".parquet":
                 yield path
+
+
+def changed(folder: Path, stage: str, names: Sequence[str]) -> str | None:
+    """The first of a stage's files, among those of the names or within folders of them, that is gone or not as it was written.
+
+    Nothing where the stage has left no list of its files that can be read: :func:`damage` tells.
+    """
+    try:
+        files: dict[str, str] = read_json(folder / stage / "done.json")["files"]
+        ours = {name: digest for name, digest in files.items() if any(Path(name).is_relative_to(own) for own in names)}
+        return next((name for name, digest in ours.items() if not (folder / name).is_file() or sha256(folder / name) != digest), None)
+    except (BrokenFile, KeyError, TypeError, AttributeError):
+        return None
 
 
 def damage(folder: Path) -> list[str]:

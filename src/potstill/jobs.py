@@ -141,6 +141,14 @@ class Workshop:
         return digest_of(net) if not isinstance(net, LatentDiffusion) else fingerprint([digest_of(n) for n in (net, *net.shared())])
 
     @cached_property
+    def code(self) -> dict[str, str]:
+        """Digests of the modules of one's own that make the teacher and its students, and of those that their networks come from."""
+        targets = [getattr(section, "target", None) for section in (self.recipe.teacher, self.recipe.student)]
+        own = {target.partition(":")[0] for target in targets if target and build.named(target, self.allowed)}
+        own |= {type(module).__module__ for module in self.teacher.net.modules()} if own else set()
+        return {name: digest for name in sorted(own) if (digest := build.digest_of_code(name))}
+
+    @cached_property
     def data(self) -> Dataset | None:
         """Real images, of the teacher's shape, or of the shape of what is trained."""
         if self.recipe.teacher is None or (self.recipe.train and isinstance(self.recipe.teacher, config.Trained)):

@@ -137,12 +137,17 @@ class Model:
 
     @torch.no_grad()
     def sample(self, n: int, noise: NoiseSource) -> Tensor:
-        """``n`` images ``(n, C, H, W)`` in [0, 1]: the mean of the output's conditional, which is what is looked at and measured."""
-        trace = run(self.program("generate"), noise=noise, n=n, device=self.device)
+        """``n`` images ``(n, C, H, W)`` in [0, 1]: the mean of the output's conditional, which is what is looked at and measured.
+
+        In eval mode, whatever mode the network is in and is left in: looking at a model does not change it.
+        """
+        with evaluating(self.net):
+            trace = run(self.program("generate"), noise=noise, n=n, device=self.device)
         return self.images.clip(self.images.decode(trace.out.dist.mean))
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, noise: NoiseSource) -> Tensor:
-        """Images ``(batch, C, H, W)`` in [0, 1] through the latents inferred from them and back."""
-        trace = run(self.program("infer"), self.images.encode(x.to(self.device)), noise=noise)
+        """Images ``(batch, C, H, W)`` in [0, 1] through the latents inferred from them and back, in eval mode as :meth:`sample`."""
+        with evaluating(self.net):
+            trace = run(self.program("infer"), self.images.encode(x.to(self.device)), noise=noise)
         return self.images.clip(self.images.decode(trace.out.dist.mean))

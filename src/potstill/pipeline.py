@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from . import __version__, build, config, inventory
-from .data import Kept, Split, floats
+from .data import Kept, Split, floats, places
 from .distill import trackers
 from .distill.loop import accelerator, threads
 from .energy.statistics import FILE as ACTIVATIONS
@@ -356,7 +356,9 @@ class Run:
     def _check_data(self, classes: int | None, shown: int) -> None:
         evaluate = self.recipe.evaluate
         if evaluate and not evaluate.reads_data and not self._data_needed:
-            return  # it is there for the stage train alone
+            if self.recipe.data and not self.recipe.train:
+                places(self.recipe.data)
+            return  # it is there for the stage train alone, which may have been done elsewhere
         data, labels = self.shop.data, classes or shown
         if data is not None and labels and any(arm.kind == "scratch" for arm in self.recipe.arms):
             _check_labels(data.train, labels, "the teacher's labels are")
@@ -544,6 +546,8 @@ class Run:
         with self._stage("distill", inputs) as work:
             if not work:
                 return
+            if uneven := self.uneven():
+                self.board.say(f"  {uneven}")
             todo = [job for job in jobs(recipe) if not is_done(self.folder, job, identity)]
             workers, count = self.workers(sum(bool(undone(self.folder, group, identity)) for group in groups(recipe).values()))
             how = f"{workers} side by side" if self.ranks.count == 1 else f"each by {self.ranks.count} processes"
@@ -571,6 +575,20 @@ class Run:
                 )
                 save_network(model, self.folder / folder, card, calibrated)
 
+    def uneven(self) -> str:
+        """A line where the recipe gives its arms different numbers of updates; empty where they have as many."""
+        found = {arm.title: sum(updates(self.recipe, arm).values()) for arm in self.recipe.arms}
+        if len(set(found.values())) < 2:
+            return ""
+        return f"updates differ, so arms do not compare like for like: {', '.join(f'{name} {n:,}' for name, n in found.items())}"
+
+    def unread_data(self) -> str:
+        """A line where the recipe has data, and its figures do not come from them; empty where they do."""
+        section = self.recipe.evaluate
+        if section is None or self.recipe.data is None or section.reads_data:
+            return ""
+        return "data is given, and figures are of the teacher's images all the same: leave out evaluate.reference to measure on the data"
+
     def bytes_of_surrogates(self) -> int:
         """Bytes of the images that trainings hold in memory; those of a storage are on the disk."""
         images = self.shop.teacher.images
@@ -586,11 +604,15 @@ class Run:
             if not work or not self.ranks.first:
                 return
             self._say_needed(self.memory_of_evaluate(section))
+            if unread := self.unread_data():
+                self.board.say(f"  {unread}")
             with threads(recipe.compute.threads):
                 metrics, pictures = self._measure(section)
             with replacing(self.folder / "evaluate" / "pictures.npz") as temporary, temporary.open("wb") as file:
                 np.savez_compressed(file, **pictures)
             write_json(self.folder / "metrics.json", metrics)
+            for mark in ("done.json", "begun.json"):  # a page of other figures, such as other times of the same models, is out of date
+                (self.folder / "report" / mark).unlink(missing_ok=True)
 
     def report(self) -> None:
         """The page."""
@@ -669,6 +691,7 @@ class Run:
         depends = self._reads(stage)
         if stage not in ("train", "report"):
             depends["weights"] = self.shop.teacher_digest
+            depends |= {"code": code} if (code := self.shop.code) else {}
         match stage:
             case "train":
                 prior = isinstance(self._section("train").model, config.TextToImageNet)
@@ -681,12 +704,14 @@ class Run:
             case "distill":
                 return self._inputs_of_distill(depends)
             case "evaluate":
-                return self._inputs(self._depends_of_evaluate(depends), ["metrics.json"])
+                made = ["metrics.json"]
+                spoiled = partial(inventory.changed, self.folder, "evaluate", made)
+                return self._inputs(self._depends_of_evaluate(depends), made, spoiled)
             case _:
                 from .report import page  # late, for it brings jinja and matplotlib
 
                 depends |= {"metrics": sha256(self.folder / "metrics.json")}
-                return self._inputs(depends, ["report.html"], lambda: "export" if page.outdated(self.folder) else None)
+                return self._inputs(depends, ["report.html"], lambda: "the table of exports" if page.outdated(self.folder) else None)
 
     def _inputs(self, depends: dict[str, Any], made: list[str], spoiled: Callable[[], str | None] = lambda: None) -> Inputs:
         return Inputs(_plain(depends), [self.folder / name for name in made], spoiled)
@@ -711,10 +736,13 @@ class Run:
             depends["calibrated"] = digest_of(self.shop.calibrated)
         identity = fingerprint(_plain(depends))
 
-        def spoiled() -> str | None:
-            return next((f"students/{job.name}" for job in jobs(recipe) if not is_done(self.folder, job, identity)), None)
+        final = [*final_folders(recipe)]
 
-        return self._inputs(depends, [f"{folder}/model.safetensors" for folder in final_folders(recipe)], spoiled)
+        def spoiled() -> str | None:
+            lost = next((f"students/{job.name}" for job in jobs(recipe) if not is_done(self.folder, job, identity)), None)
+            return lost or inventory.changed(self.folder, "distill", final)
+
+        return self._inputs(depends, [f"{folder}/model.safetensors" for folder in final], spoiled)
 
     def _depends_of_evaluate(self, depends: dict[str, Any]) -> dict[str, Any]:
         depends |= {
@@ -918,6 +946,7 @@ class Run:
                 "data": against.name,
                 "n": n,
                 "features": features.name if generates else None,
+                **({} if real is None else {"dimensions": real.shape[1]}),
                 "floor": _spread(floor) if floor else {},
             }
             | ({"images": self._reference_identity()} if by_teacher else {}),

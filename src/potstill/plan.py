@@ -225,6 +225,8 @@ class _Plan:
         text = f"{_count(len(every), 'student')}: {_count(len(recipe.arms), 'arm')} x {_count(len(recipe.seeds), 'seed')}"
         text += f" ({', '.join(map(str, recipe.seeds))}){sizes}"
         yield f"{text}, {workers} side by side" + (f"; {done} of them are there" if done else "")
+        if uneven := self.run.uneven():
+            yield uneven
         each = flops(self.shop, self.shop.teacher)
         for arm in recipe.arms:
             for width in recipe.widths:
@@ -283,6 +285,8 @@ class _Plan:
         rows = 1 + len(recipe.arms) * len(recipe.widths)
         text = f"the teacher and {_count(rows - 1, 'row')} of students, at {_count(len(recipe.seeds), 'seed')}, on {n:,} {against}"
         yield f"{text}; {section.features}"
+        if unread := self.run.unread_data():
+            yield unread
         with self._estimate():
             if found := self.run.memory_needed(self.run.memory_of_evaluate(section)):
                 yield found

@@ -393,7 +393,6 @@ def _render(run: Path) -> str:
     environment = environment if isinstance(environment, Mapping) else {}
     compared = tables.compared_metric(arms, metrics.get("compared"))
     line = _line(arms, compared, floor.get(compared.key))
-    updates = {arm.updates for arm in arms if arm.kind != "teacher" and arm.updates is not None}
     by_teacher = tables.by_teacher(metrics)
     private_rows, private_columns = tables.privacy_of(metrics)
     privacy = metrics.get("privacy")
@@ -434,7 +433,8 @@ def _render(run: Path) -> str:
         scatter=_scatter(arms, compared, floor.get(compared.key)),
         script=Markup(script),
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
-        uneven=len(updates) > 1,
+        uneven=tables.uneven(metrics),
+        too_few=tables.too_few(metrics),
         value=tables.format_value,
         count=_count,
         threads=environment.get("latency_threads", environment.get("threads")),

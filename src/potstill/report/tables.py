@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 __all__ = ["ARM_LABELS", "DASH", "METRICS", "Arm", "Metric", "Value", "arms_of", "compared_metric", "features_of", "floor_of"]
 __all__ += ["SURROGATE", "format_value", "metric_of", "metrics_in", "ratio", "subject_of", "surrogate_label", "surrogate_metrics"]
-__all__ += ["BLIND", "by_teacher", "floor_name", "privacy_of"]
+__all__ += ["BLIND", "by_teacher", "floor_name", "privacy_of", "too_few", "uneven"]
 __all__ += ["export_metrics", "exports_of", "surrogates_of", "text_table", "verdict"]
 
 DASH = "–"
@@ -64,22 +64,23 @@ class Metric:
 
 METRICS: tuple[Metric, ...] = (
     Metric("frechet", "Fréchet distance", "lower", "squared, between Gaussians fitted to reference and to generated features", "Fréchet"),
+    Metric("mmd", "MMD", "lower", "maximum mean discrepancy under a Gaussian kernel", "MMD"),
+    Metric("one_nn", "1-NN accuracy", "half", "how often the nearest neighbor tells reference from generated images", "1-NN"),
+    Metric("accuracy", "Accuracy", "higher", "share of test images classified rightly", "accuracy"),
+    Metric("label_agreement", "Label agreement", "higher", "share of images to which the student gives the teacher's label", "agreement"),
+    Metric("reconstruction_mse", "Reconstruction MSE", "lower", "mean squared error per pixel on the reference images", "recon MSE"),
+    Metric("paired_mse", "Paired MSE", "lower", "mean squared difference to the teacher's output for the same noise"),
     Metric("frechet_sqrt", "√ Fréchet", "lower", "its square root, the figure that some papers print"),
     Metric("kid", "KID", "lower", "kernel distance, unbiased, so that it may fall slightly below zero"),
     Metric("emd", "EMD", "lower", "cost of the optimal transport from generated to reference features"),
-    Metric("mmd", "MMD", "lower", "maximum mean discrepancy under a Gaussian kernel", "MMD"),
     Metric("energy_distance", "Energy distance", "lower", "mean distance between reference and generated features beyond that within each"),
-    Metric("one_nn", "1-NN accuracy", "half", "how often the nearest neighbor tells reference from generated images", "1-NN"),
     Metric("precision", "Precision", "higher", "share of generated images that lie among those of the reference"),
     Metric("recall", "Recall", "higher", "share of reference images that lie among generated ones"),
     Metric("density", "Density", "higher", "how densely reference images surround a generated one; may exceed 1"),
     Metric("coverage", "Coverage", "higher", "share of reference images with a generated one nearby"),
-    Metric("reconstruction_mse", "Reconstruction MSE", "lower", "mean squared error per pixel on the reference images", "recon MSE"),
-    Metric("accuracy", "Accuracy", "higher", "share of test images classified rightly", "accuracy"),
     Metric("share", "Share", "", "share of generated images whose nearest reference image is of the group", "share"),
     Metric("nelbo", "Negative ELBO", "lower", "bound on the negative log likelihood of the reference images"),
     Metric("kl", "KL", "", "Kullback-Leibler divergence of the posterior from the prior, nats per reference image"),
-    Metric("paired_mse", "Paired MSE", "lower", "mean squared difference to the teacher's output for the same noise"),
     Metric(
         "reconstruction_agreement",
         "Reconstruction agreement, MSE",
@@ -89,7 +90,6 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "posterior_agreement", "Posterior agreement, KL", "lower", "of the teacher's inferred latents from the student's, nats per image"
     ),
-    Metric("label_agreement", "Label agreement", "higher", "share of images to which the student gives the teacher's label", "agreement"),
     Metric("params", "Parameters", short="params", cost=True),
     Metric("size_mib", "Size, MiB", short="MiB", cost=True),
     Metric("latency_ms_b1", "Latency, ms (1 image)", "lower", short="ms/image", cost=True),
@@ -294,6 +294,19 @@ def floor_name(metrics: Mapping[str, Any]) -> str:
     return "teacher to teacher" if by_teacher(metrics) else "real against real"
 
 
+def too_few(metrics: Mapping[str, Any]) -> str:
+    """A warning where there are no more images than features: a Gaussian fitted to so few is flat, and its distances are of chance."""
+    n, dimensions = (_number(_mapping(metrics.get("reference")).get(key)) for key in ("n", "dimensions"))
+    if n is None or dimensions is None or n > dimensions:
+        return ""
+    return f"{n:,.0f} images are too few for {dimensions:,.0f} features: Fréchet distances of so few are mostly chance"
+
+
+def uneven(metrics: Mapping[str, Any]) -> bool:
+    """Whether students had different numbers of updates."""
+    return len({arm.updates for arm in arms_of(metrics) if arm.kind != "teacher" and arm.updates is not None}) > 1
+
+
 def features_of(metrics: Mapping[str, Any]) -> str:
     """The name of the features behind the distances, which have no meaning without it; empty where the file says that there are none."""
     found = _mapping(metrics.get("reference")).get("features", "not named")
@@ -380,14 +393,23 @@ def ratio(larger: float, smaller: float) -> str:
 
 
 def _times(teacher: Value | None, student: Value | None, less: str, more: str, same: str) -> str:
-    """`15 times smaller`; the honest `1.3 times larger` where it is so; empty where a figure is missing or zero."""
+    """`15 times smaller`; the honest `1.3 times larger` where it is so; empty where a figure is missing or zero.
+
+    A difference within the pooled standard deviation is none, as of quality.
+    """
     if teacher is None or student is None or teacher.mean <= 0 or student.mean <= 0:
         return ""
-    if max(teacher.mean, student.mean) < 1.05 * min(teacher.mean, student.mean):
+    if max(teacher.mean, student.mean) < 1.05 * min(teacher.mean, student.mean) or _within_spread(teacher, student):
         return same  # ratios are printed to one decimal: 1.0 times smaller says nothing
     if teacher.mean > student.mean:
         return f"{ratio(teacher.mean, student.mean)} times {less}"
     return f"{ratio(student.mean, teacher.mean)} times {more}"
+
+
+def _timed(arm: Arm) -> Value | None:
+    """The latency of one image. Where there is no spread over seeds, half the quartile range of the repeats stands for it."""
+    latency, quartiles = arm.values.get("latency_ms_b1"), arm.values.get("latency_iqr_ms_b1")
+    return Value(latency.mean, quartiles.mean / 2) if latency and latency.sd is None and quartiles else latency
 
 
 def _savings(arms: Sequence[Arm], student: Arm) -> str:
@@ -397,20 +419,24 @@ def _savings(arms: Sequence[Arm], student: Arm) -> str:
         return ""
     measure = "params" if "params" in teacher.values and "params" in student.values else "size_mib"
     size = _times(teacher.values.get(measure), student.values.get(measure), "smaller", "larger", "the same size")
-    speed = "latency_ms_b1"
-    pace = _times(teacher.values.get(speed), student.values.get(speed), "faster", "slower", "equally fast")
+    pace = _times(_timed(teacher), _timed(student), "faster", "slower", "equally fast")
     return " and ".join(part for part in (size, pace) if part)
+
+
+def _within_spread(one: Value, other: Value) -> bool:
+    """Whether two means differ by no more than the pooled standard deviation."""
+    spreads = [value.sd for value in (one, other) if value.sd is not None]
+    pooled = math.sqrt(sum(sd * sd for sd in spreads) / len(spreads)) if spreads else 0.0
+    difference = abs(one.mean - other.mean)
+    # One of exactly the pooled sd counts as within it, also when the subtraction leaves a last bit.
+    return difference <= pooled or math.isclose(difference, pooled, rel_tol=1e-9)
 
 
 def _comparison(metric: Metric, ours: Value, theirs: Value) -> str:
     """Better than, worse than or level with; level means within the pooled standard deviation of the two."""
-    spreads = [value.sd for value in (ours, theirs) if value.sd is not None]
-    pooled = math.sqrt(sum(sd * sd for sd in spreads) / len(spreads)) if spreads else 0.0
-    difference = ours.mean - theirs.mean
-    # A difference of exactly the pooled sd counts as level, also when the subtraction leaves a last bit.
-    if abs(difference) <= pooled or math.isclose(abs(difference), pooled, rel_tol=1e-9):
+    if _within_spread(ours, theirs):
         return "level with"
-    return "better than" if (difference < 0) == (metric.better == "lower") else "worse than"
+    return "better than" if (ours.mean < theirs.mean) == (metric.better == "lower") else "worse than"
 
 
 def verdict(metrics: Mapping[str, Any]) -> str:
@@ -461,7 +487,10 @@ def verdict(metrics: Mapping[str, Any]) -> str:
             least = f", where other samples of the teacher have {format_value(bound)}" if bound else ""
             return f"{name} has {figure}{least}{saved}."
     if not said:
-        return f"{name} ({figure}) has nothing to compare with: this run has no figure for a student trained on real data{saved}."
+        beside = {"its teacher": by_key[TEACHER].values.get(metric.key) if TEACHER in by_key else None}
+        beside |= {"real images against real images": floor_of(metrics).get(metric.key)}
+        known = "".join(f", {who} {format_value(value)}" for who, value in beside.items() if value)
+        return f"{name} has {figure}{known}. This run has no figure for a student trained on real data to compare it with{saved}."
     compared = " and ".join(f"{outcome} {' and '.join(them)}" for outcome, them in said.items())
     sentence = f"{name} ({figure}) is {compared}"
     if absent:
@@ -538,6 +567,12 @@ def text_table(metrics: Mapping[str, Any]) -> str:
     if features := features_of(metrics):
         notes.append(f"features: {_printable(features)}")
     lines.append(_cut("; ".join(notes), _WIDTH))
+    if few := too_few(metrics):
+        lines.append(few)
+    if uneven(metrics):
+        had = {arm.updates for arm in arms if arm.kind != "teacher" and arm.updates is not None}
+        counts = ", ".join(f"{count:,}" for count in sorted(had))
+        lines.append(_cut(f"students had different numbers of updates ({counts}): they do not compare like for like", _WIDTH))
     if by_teacher(metrics):
         lines += [_cut(f"reference: images of {_origin(metrics)}, no real data;", _WIDTH), BLIND]
     for row in surrogates_of(metrics):
