@@ -91,9 +91,11 @@ def _recipe() -> str:
     """Every key of a recipe, from its schema."""
     schema = config.Recipe.model_json_schema()
     parts = {"Recipe": schema} | dict(sorted((n, s) for n, s in schema["$defs"].items() if "properties" in s))
-    return "# Recipe\n\nEvery key of a recipe; `potstill schema` prints the same as JSON.\n\n" + "\n\n".join(
-        _section(name, section) for name, section in parts.items()
+    told = (
+        "Every key of a recipe. Paths in it are relative to the current directory, not to the recipe. `potstill schema` prints the same as "
+        "JSON schema, for editors."
     )
+    return f"# Recipe\n\n{told}\n\n" + "\n\n".join(_section(name, section) for name, section in parts.items())
 
 
 def _write(app: Sphinx) -> None:

@@ -1,4 +1,4 @@
-"""Images from an exported student, with onnxruntime and numpy alone: neither torch nor potstill is needed.
+"""Images from an exported student, with onnxruntime and numpy, and PIL to write the file: neither torch nor potstill is needed.
 
 potstill export runs/digits-demo --to onnx --out student
 python examples/onnx_numpy.py student images.png
