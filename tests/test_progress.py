@@ -10,7 +10,7 @@ import pytest
 
 from potstill import progress
 from potstill.cli import main
-from potstill.progress import Board, LogTail, memory, span
+from potstill.progress import Board, LogTail, Together, memory, span
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +55,34 @@ def test_a_line_now_and_then_where_there_is_no_terminal(capsys, monkeypatch):
         "  a/seed-0 generate: 120/300 loss 1.5, 20 images/s, about 3 min left, 1.5 GiB",
         "  a/seed-0 generate: 180/300 loss 1.5, 20 images/s, about 2 min left, 1.5 GiB",
     ]
+
+
+def test_what_is_left_is_of_all_students(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    phases = {"a/seed-0": {"generate": 300, "infer": 100}, "a/seed-1": {"generate": 300, "infer": 100}}
+    with Board() as board:
+        together = Together(board, phases)
+        for step in range(1, 101):  # a second each: the first is in its second phase
+            clock[0] += 1
+            together.training("a/seed-0", entry(step, steps=100) | {"phase": "infer"})
+            if step == 60:
+                together.training("a/seed-1", entry(30, steps=300))
+        clock[0] += 60
+        together.end()
+    assert capsys.readouterr().err.splitlines() == [
+        "  all students: 360/800 updates; a/seed-0 infer 60/100, loss 1.5, about 7.33 min left, 1.5 GiB",
+        "  all students: 800/800 about 0 s left, 1.5 GiB",
+    ]
+
+
+def test_one_student_is_shown_alone(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    with Board() as board:
+        together = Together(board, {"a/seed-0": {"generate": 300}})
+        together.training("a/seed-0", entry(60, steps=300))
+        together.end()
+    assert [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()] == ["  a/seed-0 generate"]
 
 
 def test_a_pace_is_that_of_the_last_minute(capsys, monkeypatch):

@@ -79,7 +79,7 @@ from .jobs import (
 )
 from .model import Model
 from .noise import Noise
-from .progress import Board, LogTail, gib, memory
+from .progress import Board, LogTail, Together, gib, memory
 from .ranks import ALONE, Ranks
 from .state import digest_of, fingerprint, lock, read_json, replacing, sha256, spoiled_states, sweep, write_json, write_text
 from .store import place
@@ -551,17 +551,19 @@ class Run:
             todo = [job for job in jobs(recipe) if not is_done(self.folder, job, identity)]
             workers, count = self.workers(sum(bool(undone(self.folder, group, identity)) for group in groups(recipe).values()))
             how = f"{workers} side by side" if self.ranks.count == 1 else f"each by {self.ranks.count} processes"
-            together = f" in {len(recipe.widths)} sizes, those of an arm and a seed together" if recipe.students else ""
-            self.board.say(f"  {len(todo)} students{together}, {how}")
+            sizes = f" in {len(recipe.widths)} sizes, those of an arm and a seed together" if recipe.students else ""
+            self.board.say(f"  {len(todo)} student{'s' if len(todo) > 1 else ''}{sizes}, {how}")
             self._say_needed(self.needs.get("distill"), workers, self.bytes_of_surrogates())
             self._say_spoiled(states_of(self.folder))
+            together = Together(self.board, {job.name: updates(recipe, job.arm) for job in todo})
             if workers == 1:
                 with threads(count), self._stoppable() as keep_going:
                     engine = accelerator(str(self.shop.device))
                     with self.shop.teacher_sharded():
-                        make_students(self.shop, identity, engine, keep_going=keep_going, told=lambda j, e: self.board.training(j.name, e))
+                        make_students(self.shop, identity, engine, keep_going=keep_going, told=lambda j, e: together.training(j.name, e))
             else:
-                self._side_by_side(todo, workers, count or 1, identity)
+                self._side_by_side(together, todo, workers, count or 1, identity)
+            together.end()
             if not self.ranks.first:
                 return
             missing = [job.name for job in todo if not is_done(self.folder, job, identity)]
@@ -798,7 +800,7 @@ class Run:
         most = max(1, min(len(groups(self.recipe)), self.recipe.compute.workers or build.cores()))
         return max(1, min(most, todo)), threads_given or max(1, build.cores() // most)
 
-    def _side_by_side(self, todo: list[Job], workers: int, count: int, identity: str) -> None:
+    def _side_by_side(self, together: Together, todo: list[Job], workers: int, count: int, identity: str) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": str(count), "MKL_NUM_THREADS": str(count)}
         # Without -P, a file of the working directory named as a module of the standard library would be run.
         own = self.allowed or Path(__file__).parents[1] == Path.cwd()
@@ -813,7 +815,7 @@ class Run:
                 while any(p.poll() is None for p in processes) and not any(p.returncode for p in processes):
                     for job, tail in tails.items():
                         if entry := tail.last():
-                            self.board.training(job.name, entry)
+                            together.training(job.name, entry)
                     time.sleep(0.2)
             finally:
                 # They are asked to stop, and save what they have, when this process is interrupted or one of them has failed.

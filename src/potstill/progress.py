@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -147,6 +148,39 @@ class Board:
         if now - self._memory[0] >= MEMORY_SECONDS:
             self._memory = now, memory()
         return self._memory[1]
+
+
+class Together:
+    """Shows several trainings as one, and each of them, so that what is left is of all. One alone is shown as it is.
+
+    Args:
+        board: to show them on.
+        phases: each training's phases by its name, with the updates of each, in order.
+    """
+
+    label = "all students"
+
+    def __init__(self, board: Board, phases: Mapping[str, Mapping[str, int]]):
+        self._board, self._phases = board, phases
+        self._done = dict.fromkeys(phases, 0)
+        self._total = sum(sum(steps.values()) for steps in phases.values())
+
+    def training(self, name: str, entry: dict[str, Any]) -> None:
+        """Show a line of the log of one of them."""
+        if len(self._phases) == 1:
+            self._board.training(name, entry)
+            return
+        phases = self._phases[name]
+        before = [*phases][: [*phases].index(entry["phase"])]
+        self._done[name] = sum(phases[phase] for phase in before) + entry["step"]
+        at = f"updates; {name} {entry['phase']} {entry['step']}/{entry['steps']}"
+        self._board.update(self.label, sum(self._done.values()), self._total, at, loss=entry["loss"])
+        self._board.training(name, entry)
+
+    def end(self) -> None:
+        """They are all done, though some may have ended early."""
+        if len(self._phases) > 1:
+            self._board.update(self.label, self._total, self._total)
 
 
 def tell(event: str, **content: Any) -> None:
