@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,9 @@ import torch
 from PIL import Image
 
 from potstill import __version__, cli
+from potstill.build import load
 from potstill.config import Recipe, read
+from potstill.errors import BadInput
 from potstill.families.classifier import Classifier
 from potstill.families.vae import VAE
 from potstill.state import lock, read_tensors, write_tensors
@@ -249,13 +252,65 @@ def test_a_teacher_from_the_hub(place, refused, monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    expected = "other/model: no such folder, and no model of that name could be had from the Hub (ConnectionError)"
+    expected = "other/model: there is no such folder, and the Hub was asked and not reached (no network?)"
     refused(expected, teacher={"kind": "pretrained", "path": "other/model"})
     for path in ("/other/model", "./other", "../model", "~/model", "a/b/c"):
         refused(f"{path}: no such folder", teacher={"kind": "pretrained", "path": path})
     assert place.run("synthesize", teacher={"kind": "pretrained", "path": "some/model"}) == 0
-    files = {"allow_patterns": ["config.json", "model.safetensors", "noise_map.safetensors", "model_index.json"]}
+    files = {"allow_patterns": ["config.json", "model.safetensors", "noise_map.safetensors", "model_index.json"], "ignore_patterns": None}
     assert asked == [("other/model", files), ("some/model", files)]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        ("RepositoryNotFoundError", "the Hub was asked and knows no such model; a private one needs hf auth login"),
+        ("GatedRepoError", "the Hub gives the model of that name only to those who accept its terms"),
+        ("LocalEntryNotFoundError", "the Hub was asked and not reached (no network?)"),
+    ],
+)
+def test_what_the_hub_does_not_give(capsys, monkeypatch, error, expected):
+    from huggingface_hub import errors
+
+    def download(name, **options):
+        kind = getattr(errors, error)
+        raise kind.__new__(kind)  # what they are made from differs between versions of the Hub's package
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert cli.main(["export", "runs/nope", "--to", "torch-export"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"potstill: runs/nope: there is no such folder, and {expected}")
+    assert "Error" not in said
+
+
+def test_a_name_that_the_hub_cannot_have(capsys):
+    assert cli.main(["export", "runs/no such", "--to", "torch-export"]) == 2
+    assert capsys.readouterr().err == "potstill: runs/no such: there is no such folder, and no model of the Hub can have that name\n"
+
+
+def test_a_disk_that_is_full_is_not_taken_for_the_network(capsys, monkeypatch):
+    def download(name, **options):
+        raise OSError(28, "No space left on device", "cache/model")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert cli.main(["export", "some/model", "--to", "torch-export"]) == 1
+    assert capsys.readouterr().err == "potstill: cache/model: No space left on device\n"
+
+
+def test_a_run_is_not_its_student(place, refused):
+    run = place.folder / "mine"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("name: mine\n")
+    refused("./mine: this is a run; it has no student yet: its distill stage makes one", teacher={"kind": "pretrained", "path": "./mine"})
+    shutil.copytree(place.folder / "teacher", run / "student")
+    with pytest.raises(BadInput, match=re.escape(f"{run}: this is a run; load {run}/student") + "$"):
+        load(run)
+    load(run / "student")
+    shutil.rmtree(run / "student")
+    for size in ("w2", "w4"):
+        shutil.copytree(place.folder / "teacher", run / "student" / size)
+    with pytest.raises(BadInput, match=re.escape(f"load {run}/student/w2 or {run}/student/w4") + "$"):
+        load(run)
 
 
 def test_a_teacher_that_does_not_generate(refused, place):

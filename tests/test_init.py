@@ -10,12 +10,16 @@ import torch
 import yaml
 
 from potstill import cli, config
+from potstill.build import load
+from potstill.errors import BadInput
 from potstill.families.classifier import Classifier
 from potstill.families.gan import GAN
 from potstill.families.helmholtz import HelmholtzMachine
 from potstill.families.lvae import LVAE
 from potstill.families.vae import VAE
 from potstill.families.vrnn import VRNN
+from potstill.importers import OWN_NETWORK
+from potstill.state import write_tensors
 from test_importers import NORMAL, preprocessor, saved, vit  # noqa: F401
 
 OWN = """
@@ -185,6 +189,29 @@ def test_what_is_commented_out_is_a_recipe_too(written, tmp_path):
     assert recipe.data
     assert recipe.evaluate
     assert recipe.evaluate.reference == "data"
+
+
+@pytest.mark.parametrize("name", ["vae.pt", "vae.safetensors", "a.onnx", "folder"])
+def test_weights_of_ones_own_network_lead_to_the_two_functions(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    weights = {"encoder.weight": torch.zeros(2, 3)}
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.onnx").write_text("x")
+    torch.save(weights, tmp_path / "vae.pt")
+    write_tensors(tmp_path / "vae.safetensors", weights)
+    assert cli.main(["init", name]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"potstill: {name}: ")
+    assert told.endswith(f"{OWN_NETWORK}\n")
+    assert "weights alone do not say what the network is" in told or not name.startswith("vae")
+    for word in ("teacher and student", "potstill init mine:teacher --import mine", "docs/guides/own-vae.md"):
+        assert word in told
+
+
+def test_weights_as_a_pretrained_teacher_lead_there_too(tmp_path):
+    write_tensors(tmp_path / "vae.safetensors", {"encoder.weight": torch.zeros(2, 3)})
+    with pytest.raises(BadInput, match=f"weights alone do not say what the network is: {re.escape(OWN_NETWORK)}$"):
+        load(tmp_path / "vae.safetensors")
 
 
 def test_nothing_is_overwritten(tmp_path, monkeypatch, capsys):

@@ -20,6 +20,7 @@ from .families.diffusion import chain_of
 from .families.helmholtz import HelmholtzMachine
 from .families.latent import LatentDiffusion
 from .families.vrnn import VRNN
+from .importers import OWN_NETWORK
 from .model import Model
 from .noise import Noise
 from .state import read_json
@@ -81,7 +82,7 @@ def teacher_section(model: str) -> dict[str, Any]:
         return {"kind": "python", "target": model}
     if path.is_file():
         if not path.name.endswith(_FILES):
-            raise BadInput(f"{model}: {_KINDS} is expected; this is another file")
+            raise BadInput(f"{model}: {_KINDS} is expected; this is another file. For a network of your own, {OWN_NETWORK}")
         return {"kind": "kd4dgm", "path": model}
     folder = build.locate(model)
     if (folder / "model_index.json").exists():
@@ -96,7 +97,7 @@ def teacher_section(model: str) -> dict[str, Any]:
         return {"kind": "pretrained", "path": model}
     if isinstance(described, dict) and ("architectures" in described or "model_type" in described):
         return {"kind": "transformers", "path": model}
-    raise BadInput(f"{model}: {_KINDS} is expected; the folder has the files of none of them")
+    raise BadInput(f"{model}: {_KINDS} is expected; the folder has the files of none of them. For a network of your own, {OWN_NETWORK}")
 
 
 @dataclass(frozen=True)
