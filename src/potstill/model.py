@@ -135,14 +135,36 @@ class Model:
         """Where the parameters are."""
         return next((p.device for p in self.net.parameters()), torch.device("cpu"))
 
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.net.parameters())
+        return f"Model({type(self.net).__name__}, {count:,} parameters, images {'x'.join(map(str, self.images.shape))})"
+
     @torch.no_grad()
     def sample(self, n: int, noise: NoiseSource) -> Tensor:
-        """``n`` images ``(n, C, H, W)`` in [0, 1]: the mean of the output's conditional, which is what is looked at and measured."""
+        """``n`` images ``(n, C, H, W)`` in [0, 1]: the mean of the output's conditional, which is what is looked at and measured.
+
+        Raises:
+            TypeError: the noise is no source of it, such as the seed alone.
+        """
+        _check_noise(noise)
         trace = run(self.program("generate"), noise=noise, n=n, device=self.device)
         return self.images.clip(self.images.decode(trace.out.dist.mean))
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, noise: NoiseSource) -> Tensor:
-        """Images ``(batch, C, H, W)`` in [0, 1] through the latents inferred from them and back."""
+        """Images ``(batch, C, H, W)`` in [0, 1] through the latents inferred from them and back.
+
+        Raises:
+            TypeError: the noise is no source of it, such as the seed alone.
+        """
+        _check_noise(noise)
         trace = run(self.program("infer"), self.images.encode(x.to(self.device)), noise=noise)
         return self.images.clip(self.images.decode(trace.out.dist.mean))
+
+
+def _check_noise(noise: object) -> None:
+    if not isinstance(noise, NoiseSource):
+        seed = noise if isinstance(noise, int) else 0
+        raise TypeError(
+            f"noise: a source of it is expected, found a {type(noise).__name__}; pass Noise(({seed},)), where {seed} is the seed"
+        )
