@@ -83,11 +83,18 @@ def test_a_recipe_cannot_act_on_the_terminal(place, capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "the following arguments are required: COMMAND"),
         (["run"], "the following arguments are required: recipe"),
-        (["rum", "x"], "invalid choice: 'rum'"),
-        (["run", "x", "--ouT", "y"], "unrecognized arguments: --ouT y"),
+        (["run", "x", "--ouT", "y"], "unrecognized arguments: --ouT y; did you mean --out?"),
+        (["run", "x", "--dryrun"], "unrecognized arguments: --dryrun; did you mean --dry-run?"),
+        (["run", "x", "--xyz"], "unrecognized arguments: --xyz"),
+        (["run", "x", "--steps", "10"], "--steps; values of the recipe are written such as distill.generate.steps=10"),
+        (["run", "x", "--steps=10"], "--steps; values of the recipe are written such as distill.generate.steps=10"),
+        (["run", "x", "--steps"], "--steps; values of the recipe are written such as distill.generate.steps=VALUE"),
+        (["run", "x", "--surrogate.n", "10"], "--surrogate.n; values of the recipe are written such as surrogate.n=10"),
+        (["run", "x", "distill.generate.steps", "20"], "an override is written a.b=value; write distill.generate.steps=20"),
+        (["run", "x", "--out", "y", "seed=1", "distill.generate.steps", "20"], "; write distill.generate.steps=20"),
         (["run", "x", "--out", "y", "z"], "unrecognized arguments: z"),
+        (["export", "x", "--to", "onnx", "--steps", "10"], "unrecognized arguments: --steps 10"),
         (["zoo", "a=1"], "unrecognized arguments: a=1"),
     ],
 )
@@ -95,7 +102,43 @@ def test_wrong_arguments(capsys, arguments, expected):
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)
     assert stopped.value.code == 2
-    assert expected in capsys.readouterr().err.splitlines()[-1]
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith(f"usage: potstill {arguments[0]} ")
+    assert said[-1].endswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["runn", "x"], "runn: no such command; did you mean run?"),
+        (["xyz"], "xyz: no such command; there are init, demo, run, train, calibrate, "),
+        (["--verbose"], "a command is expected first: init, demo, run, train, "),
+    ],
+)
+def test_a_wrong_command(capsys, arguments, expected):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"potstill: error: {expected}")
+
+
+def test_without_a_command_the_help_is_shown(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([])
+    assert stopped.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == cli._parser().format_help()
+
+
+def test_a_folder_in_place_of_a_recipe(place, capsys):
+    run = place.folder / "runs" / "mine"
+    run.mkdir(parents=True)
+    assert cli.main(["report", "runs/mine"]) == 2
+    assert capsys.readouterr().err == "potstill: runs/mine: is a folder; a recipe's file is expected\n"
+    (run / "recipe.yaml").write_text("name: mine\n")
+    assert cli.main(["run", "runs/mine"]) == 2
+    assert capsys.readouterr().err == "potstill: runs/mine: is a folder; a run's recipe is runs/mine/recipe.yaml\n"
 
 
 def test_overrides_may_stand_anywhere(refused):
@@ -463,7 +506,14 @@ def test_code_runs_only_from_modules_that_were_allowed(refused, place):
 
 
 def test_a_module_that_cannot_be_imported(refused, place):
-    refused("--import nope: cannot be imported: ModuleNotFoundError: No module named 'nope'", arguments=["--import", "nope"])
+    where = f"in the current directory, {place.folder}, or elsewhere on sys.path; run potstill where it is"
+    refused(f"--import nope: there is no module nope {where}", arguments=["--import", "nope"])
+    refused(f"--import nope.mine: there is no module nope {where}", arguments=["--import", "nope.mine"])
+    for file, name in (("nope.py", "nope"), ("./sub/nope.py", "sub.nope"), ("/else/where/nope.py", "nope"), ("../nope.py", "nope")):
+        expected = f"--import {file}: a module is expected, not its file; write --import {name}"
+        assert refused(expected, arguments=["--import", file]).endswith(f" {name}\n")
+    module(place, "needs", "import nope")
+    refused("--import needs: cannot be imported: ModuleNotFoundError: No module named 'nope'", arguments=["--import", "needs"])
     module(place, "wrong_syntax", "def")
     refused("--import wrong_syntax: cannot be imported: SyntaxError", arguments=["--import", "wrong_syntax"])
     module(place, "fails", "\n\n1 / 0")
@@ -757,6 +807,8 @@ def test_progress_is_shown_unless_quiet(place, capsys):
     assert re.fullmatch(r"synthesize\n  surrogate: about \d+\.\d GiB of memory\n", capsys.readouterr().err)
     assert cli.main(["synthesize", str(place.write()), "--out", str(place.out)]) == 0
     assert capsys.readouterr().err == "synthesize: done already\n"
+    assert cli.main(["distill", str(place.write()), "--out", str(place.out)]) == 0
+    assert "  1 student\n" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------ help

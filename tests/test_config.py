@@ -372,7 +372,7 @@ def test_what_is_no_recipe_is_refused_with_its_line(tmp_path, text, expected):
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    for path, expected in ((tmp_path / "nope.yaml", "no such file"), (tmp_path, "cannot be read"), (tmp_path / "a\0b", "cannot be read")):
+    for path, expected in ((tmp_path / "nope.yaml", "no such file"), (tmp_path, "is a folder"), (tmp_path / "a\0b", "cannot be read")):
         with pytest.raises(RecipeError, match=expected):
             config.read(path)
     (tmp_path / "latin.yaml").write_bytes(b"name: \xff")

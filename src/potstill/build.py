@@ -313,10 +313,23 @@ def allow(modules: Sequence[str]) -> None:
         BadInput: there is no such module, or importing it fails.
     """
     for module in modules:
+        if module.endswith(".py"):
+            raise BadInput(f"--import {module}: a module is expected, not its file; write --import {_module_of(module)}")
         try:
             importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name not in (module, module.partition(".")[0]):  # one that the module itself imports
+                raise BadInput(f"--import {module}: cannot be imported: {reason(error)}") from None
+            where = f"in the current directory, {os.getcwd()}, or elsewhere on sys.path"
+            raise BadInput(f"--import {module}: there is no module {error.name} {where}; run potstill where it is") from None
         except (Exception, SystemExit) as error:
             raise BadInput(f"--import {module}: cannot be imported: {reason(error)}") from None
+
+
+def _module_of(file: str) -> str:
+    """How a module is called whose file was named; of one elsewhere, as it is called where it lies."""
+    path = Path(file).with_suffix("")
+    return path.name if path.is_absolute() or ".." in path.parts else ".".join(path.parts)
 
 
 def named(target: str, allowed: Sequence[str]) -> Any:

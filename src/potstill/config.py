@@ -1411,6 +1411,10 @@ def read_tree(path: str | Path) -> Any:
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such file") from None
     except OSError as error:
+        if Path(path).is_dir():
+            inside = Path(path) / "recipe.yaml"
+            instead = f"a run's recipe is {inside}" if inside.is_file() else "a recipe's file is expected"
+            raise RecipeError(f"{path}: is a folder; {instead}") from None
         raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise RecipeError(f"{path}: cannot be read ({error})") from None
