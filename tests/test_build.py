@@ -40,7 +40,7 @@ def test_a_model_is_shown_in_a_line():
 @pytest.mark.parametrize("noise", [0, 7, "0", None])
 def test_a_seed_alone_is_no_noise(noise):
     model = small().model()
-    expected = rf"found a {type(noise).__name__}; pass Noise\(\({noise if isinstance(noise, int) else 0},\)\)"
+    expected = rf"found a value of type {type(noise).__name__}; pass Noise\(\({noise if isinstance(noise, int) else 0},\)\)"
     with pytest.raises(TypeError, match=expected):
         model.sample(4, noise)
     with pytest.raises(TypeError, match=expected):

@@ -34,9 +34,9 @@ def test_philox_known_answers(counter, key, expected):
 @pytest.mark.parametrize(
     ("key", "expected"),
     [
-        (0, r"a tuple such as \(0,\), where 0 is the seed; found a int"),
-        ([0], r"found a list"),
-        ((0, 1.5), "of ints and strings; found a float in it"),
+        (0, r"a tuple such as \(0,\), where 0 is the seed; found a value of type int"),
+        ([0], r"found a value of type list"),
+        ((0, 1.5), "of ints and strings; found a value of type float in it"),
     ],
 )
 def test_a_key_that_is_none(key, expected):

@@ -166,5 +166,5 @@ def _check_noise(noise: object) -> None:
     if not isinstance(noise, NoiseSource):
         seed = noise if isinstance(noise, int) else 0
         raise TypeError(
-            f"noise: a source of it is expected, found a {type(noise).__name__}; pass Noise(({seed},)), where {seed} is the seed"
+            f"noise: a source is expected, found a value of type {type(noise).__name__}; pass Noise(({seed},)), where {seed} is the seed"
         )

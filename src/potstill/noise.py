@@ -80,9 +80,9 @@ class Noise:
 
     def __post_init__(self) -> None:
         if not isinstance(self.key, tuple):
-            raise TypeError(f"Noise: its key is a tuple such as (0,), where 0 is the seed; found a {type(self.key).__name__}")
+            raise TypeError(f"Noise: its key is a tuple such as (0,), where 0 is the seed; found a value of type {type(self.key).__name__}")
         if strange := [part for part in self.key if not isinstance(part, (int, str))]:
-            raise TypeError(f"Noise: its key is of ints and strings; found a {type(strange[0]).__name__} in it")
+            raise TypeError(f"Noise: its key is of ints and strings; found a value of type {type(strange[0]).__name__} in it")
 
     def fold(self, *keys: int | str) -> Noise:
         """A fresh, independent source derived from this one."""
