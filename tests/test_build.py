@@ -32,6 +32,21 @@ def small(seed=0):
     return build.born(seed, "net", lambda: LVAE((1, 8, 8), 4, 2, 2))
 
 
+def test_a_model_is_shown_in_a_line():
+    model = small().model()
+    assert repr(model) == f"Model(LVAE, {parameters(model.net):,} parameters, images 1x8x8)"
+
+
+@pytest.mark.parametrize("noise", [0, 7, "0", None])
+def test_a_seed_alone_is_no_noise(noise):
+    model = small().model()
+    expected = rf"found a value of type {type(noise).__name__}; pass Noise\(\({noise if isinstance(noise, int) else 0},\)\)"
+    with pytest.raises(TypeError, match=expected):
+        model.sample(4, noise)
+    with pytest.raises(TypeError, match=expected):
+        model.reconstruct(torch.zeros(1, 1, 8, 8), noise)
+
+
 def test_fresh_weights_come_from_the_seed_and_the_name_alone():
     torch.manual_seed(5)
     before = torch.random.get_rng_state()

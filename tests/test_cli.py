@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,9 @@ import torch
 from PIL import Image
 
 from potstill import __version__, cli
+from potstill.build import load
 from potstill.config import Recipe, read
+from potstill.errors import BadInput
 from potstill.families.classifier import Classifier
 from potstill.families.vae import VAE
 from potstill.state import lock, read_tensors, write_tensors
@@ -80,11 +83,18 @@ def test_a_recipe_cannot_act_on_the_terminal(place, capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "the following arguments are required: COMMAND"),
         (["run"], "the following arguments are required: recipe"),
-        (["rum", "x"], "invalid choice: 'rum'"),
-        (["run", "x", "--ouT", "y"], "unrecognized arguments: --ouT y"),
+        (["run", "x", "--ouT", "y"], "unrecognized arguments: --ouT y; did you mean --out?"),
+        (["run", "x", "--dryrun"], "unrecognized arguments: --dryrun; did you mean --dry-run?"),
+        (["run", "x", "--xyz"], "unrecognized arguments: --xyz"),
+        (["run", "x", "--steps", "10"], "--steps; values of the recipe are written such as distill.generate.steps=10"),
+        (["run", "x", "--steps=10"], "--steps; values of the recipe are written such as distill.generate.steps=10"),
+        (["run", "x", "--steps"], "--steps; values of the recipe are written such as distill.generate.steps=VALUE"),
+        (["run", "x", "--surrogate.n", "10"], "--surrogate.n; values of the recipe are written such as surrogate.n=10"),
+        (["run", "x", "distill.generate.steps", "20"], "an override is written a.b=value; write distill.generate.steps=20"),
+        (["run", "x", "--out", "y", "seed=1", "distill.generate.steps", "20"], "; write distill.generate.steps=20"),
         (["run", "x", "--out", "y", "z"], "unrecognized arguments: z"),
+        (["export", "x", "--to", "onnx", "--steps", "10"], "unrecognized arguments: --steps 10"),
         (["zoo", "a=1"], "unrecognized arguments: a=1"),
     ],
 )
@@ -92,7 +102,43 @@ def test_wrong_arguments(capsys, arguments, expected):
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)
     assert stopped.value.code == 2
-    assert expected in capsys.readouterr().err.splitlines()[-1]
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith(f"usage: potstill {arguments[0]} ")
+    assert said[-1].endswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["runn", "x"], "runn: no such command; did you mean run?"),
+        (["xyz"], "xyz: no such command; there are init, demo, run, train, calibrate, "),
+        (["--verbose"], "a command is expected first: init, demo, run, train, "),
+    ],
+)
+def test_a_wrong_command(capsys, arguments, expected):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"potstill: error: {expected}")
+
+
+def test_without_a_command_the_help_is_shown(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([])
+    assert stopped.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == cli._parser().format_help()
+
+
+def test_a_folder_in_place_of_a_recipe(place, capsys):
+    run = place.folder / "runs" / "mine"
+    run.mkdir(parents=True)
+    assert cli.main(["report", "runs/mine"]) == 2
+    assert capsys.readouterr().err == "potstill: runs/mine: is a folder; a recipe's file is expected\n"
+    (run / "recipe.yaml").write_text("name: mine\n")
+    assert cli.main(["run", "runs/mine"]) == 2
+    assert capsys.readouterr().err == "potstill: runs/mine: is a folder; a run's recipe is runs/mine/recipe.yaml\n"
 
 
 def test_overrides_may_stand_anywhere(refused):
@@ -249,13 +295,65 @@ def test_a_teacher_from_the_hub(place, refused, monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    expected = "other/model: no such folder, and no model of that name could be had from the Hub (ConnectionError)"
+    expected = "other/model: there is no such folder, and the Hub was asked and not reached (no network?)"
     refused(expected, teacher={"kind": "pretrained", "path": "other/model"})
     for path in ("/other/model", "./other", "../model", "~/model", "a/b/c"):
         refused(f"{path}: no such folder", teacher={"kind": "pretrained", "path": path})
     assert place.run("synthesize", teacher={"kind": "pretrained", "path": "some/model"}) == 0
-    files = {"allow_patterns": ["config.json", "model.safetensors", "noise_map.safetensors", "model_index.json"]}
+    files = {"allow_patterns": ["config.json", "model.safetensors", "noise_map.safetensors", "model_index.json"], "ignore_patterns": None}
     assert asked == [("other/model", files), ("some/model", files)]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        ("RepositoryNotFoundError", "the Hub was asked and knows no such model; a private one needs hf auth login"),
+        ("GatedRepoError", "the Hub gives the model of that name only to those who accept its terms"),
+        ("LocalEntryNotFoundError", "the Hub was asked and not reached (no network?)"),
+    ],
+)
+def test_what_the_hub_does_not_give(capsys, monkeypatch, error, expected):
+    from huggingface_hub import errors
+
+    def download(name, **options):
+        kind = getattr(errors, error)
+        raise kind.__new__(kind)  # what they are made from differs between versions of the Hub's package
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert cli.main(["export", "runs/nope", "--to", "torch-export"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"potstill: runs/nope: there is no such folder, and {expected}")
+    assert "Error" not in said
+
+
+def test_a_name_that_the_hub_cannot_have(capsys):
+    assert cli.main(["export", "runs/no such", "--to", "torch-export"]) == 2
+    assert capsys.readouterr().err == "potstill: runs/no such: there is no such folder, and no model of the Hub can have that name\n"
+
+
+def test_a_disk_that_is_full_is_not_taken_for_the_network(capsys, monkeypatch):
+    def download(name, **options):
+        raise OSError(28, "No space left on device", "cache/model")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert cli.main(["export", "some/model", "--to", "torch-export"]) == 1
+    assert capsys.readouterr().err == "potstill: cache/model: No space left on device\n"
+
+
+def test_a_run_is_not_its_student(place, refused):
+    run = place.folder / "mine"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("name: mine\n")
+    refused("./mine: this is a run; it has no student yet: its distill stage makes one", teacher={"kind": "pretrained", "path": "./mine"})
+    shutil.copytree(place.folder / "teacher", run / "student")
+    with pytest.raises(BadInput, match=re.escape(f"{run}: this is a run; load {run}/student") + "$"):
+        load(run)
+    load(run / "student")
+    shutil.rmtree(run / "student")
+    for size in ("w2", "w4"):
+        shutil.copytree(place.folder / "teacher", run / "student" / size)
+    with pytest.raises(BadInput, match=re.escape(f"load {run}/student/w2 or {run}/student/w4") + "$"):
+        load(run)
 
 
 def test_a_teacher_that_does_not_generate(refused, place):
@@ -408,7 +506,14 @@ def test_code_runs_only_from_modules_that_were_allowed(refused, place):
 
 
 def test_a_module_that_cannot_be_imported(refused, place):
-    refused("--import nope: cannot be imported: ModuleNotFoundError: No module named 'nope'", arguments=["--import", "nope"])
+    where = f"in the current directory, {place.folder}, or elsewhere on sys.path; run potstill where it is"
+    refused(f"--import nope: there is no module nope {where}", arguments=["--import", "nope"])
+    refused(f"--import nope.mine: there is no module nope {where}", arguments=["--import", "nope.mine"])
+    for file, name in (("nope.py", "nope"), ("./sub/nope.py", "sub.nope"), ("/else/where/nope.py", "nope"), ("../nope.py", "nope")):
+        expected = f"--import {file}: a module is expected, not its file; write --import {name}"
+        assert refused(expected, arguments=["--import", file]).endswith(f" {name}\n")
+    module(place, "needs", "import nope")
+    refused("--import needs: cannot be imported: ModuleNotFoundError: No module named 'nope'", arguments=["--import", "needs"])
     module(place, "wrong_syntax", "def")
     refused("--import wrong_syntax: cannot be imported: SyntaxError", arguments=["--import", "wrong_syntax"])
     module(place, "fails", "\n\n1 / 0")
@@ -689,12 +794,12 @@ def test_a_run_prints_its_table(place, capsys):
     assert place.run("run") == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert "student_data_free" in out
+    assert "Student, data-free" in out
     assert out.splitlines()[-1] == f"report: {place.out / 'report.html'}"
     assert place.run("report") == 0
     assert capsys.readouterr().out == f"report: {place.out / 'report.html'}\n"
     assert place.run("evaluate") == 0
-    assert "student_data_free" in capsys.readouterr().out
+    assert "Student, data-free" in capsys.readouterr().out
 
 
 def test_progress_is_shown_unless_quiet(place, capsys):
@@ -702,6 +807,8 @@ def test_progress_is_shown_unless_quiet(place, capsys):
     assert re.fullmatch(r"synthesize\n  surrogate: about \d+\.\d GiB of memory\n", capsys.readouterr().err)
     assert cli.main(["synthesize", str(place.write()), "--out", str(place.out)]) == 0
     assert capsys.readouterr().err == "synthesize: done already\n"
+    assert cli.main(["distill", str(place.write()), "--out", str(place.out)]) == 0
+    assert "  1 student\n" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------ help

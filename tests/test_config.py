@@ -186,6 +186,38 @@ def test_an_unknown_key_is_named_and_the_nearest_suggested(tmp_path, text, expec
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ("surrogate: {kind: guided, prior: x, observe: sample}", "surrogate.observe: is of kind ancestral, and here kind is guided"),
+        ("surrogate: {prior: x}", "surrogate.prior: is of kind guided, and here kind is ancestral"),
+        (
+            "surrogates: {a: {kind: uniform, steps: 3}}",
+            "surrogates.a.steps: is of kind inversion or latent or guided, and here kind is uniform",
+        ),
+        ("data: {kind: digits, path: x}", "data.path: is of kind folder or parquet or npz or values, and here kind is digits"),
+        (
+            "train: {model: {kind: vae, image: [1, 8, 8], levels: 3}}",
+            "train.model.levels: is of kind lvae, and here kind is vae",
+        ),
+    ],
+)
+def test_a_key_of_another_kind_names_those_that_have_it(tmp_path, text, expected):
+    (found,) = [line for line in problems(tmp_path, f"name: a\n{text}") if "is of kind" in line]
+    assert found == f"{expected}; remove it, or change kind"
+
+
+@pytest.mark.parametrize("text", ["arms: [datafree]", "seeds: [x]"])
+def test_a_list_whose_item_is_wrong_is_not_told_to_be_empty(tmp_path, text):
+    (found,) = problems(tmp_path, f"name: a\n{text}")
+    assert found.startswith(f"{text.partition(':')[0]}.0")
+
+
+@pytest.mark.parametrize("key", ["arms", "seeds"])
+def test_an_empty_list(tmp_path, key):
+    assert problems(tmp_path, f"name: a\n{key}: []") == [f"{key}: a list should have at least 1 item after validation, not 0"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
         (
             "data: {kind: fodler, path: x}",
             "data.kind: one of digits, glyphs, folder, parquet, npz, values, old_faithful, strokes is expected (found 'fodler'); "
@@ -227,7 +259,7 @@ def test_an_unknown_key_is_named_and_the_nearest_suggested(tmp_path, text, expec
         ("student: {width: 3, arguments: {a: 1}}", "student: arguments go with target"),
         ("student: {width: '3'}", "student.width: a number is expected (found '3')"),
         ("student: {width: 99999999999}", "student.width: input should be less than"),
-        ("teacher: {kind: python, target: 'os.system'}", "teacher.target: string should match pattern"),
+        ("teacher: {kind: python, target: 'os.system'}", "teacher.target: write module:function, such as mine:teacher (found 'os.system')"),
         ("teacher: {kind: python, target: 'a:b', arguments: {x: .inf}}", "teacher.arguments: a finite number is expected, found inf"),
         ("teacher: {kind: python, target: 'a:b', arguments: {1: 2}}", "teacher.arguments.1.[key]: input should be a valid string"),
         ("teacher: {kind: python, target: 'a:b', arguments: {x: {1: 2}}}", "teacher.arguments: names are expected as keys, found 1"),
@@ -244,7 +276,7 @@ def test_an_unknown_key_is_named_and_the_nearest_suggested(tmp_path, text, expec
         ("arms: [data_free, data_free]", "arms: two are the same: student_data_free, student_data_free"),
         ("arms: [{kind: data_free, name: teacher}]", "arms.0: an arm cannot be named teacher"),
         ("arms: [{kind: scratch, replay: z}]", "arms.0: replay is of distilled arms; a scratch arm has one phase of its own"),
-        ("arms: [{kind: data_free, name: a/b}]", "arms.0.name: string should match pattern"),
+        ("arms: [{kind: data_free, name: a/b}]", "arms.0.name: a name of letters, digits, dots, hyphens and underscores is expected"),
         ("seed: 1.5", "seed: input should be a valid integer"),
         ("seed: .nan", "seed: input should be a finite number"),
         ("seed: 9223372036854775808", "seed: input should be less than"),
@@ -340,7 +372,7 @@ def test_what_is_no_recipe_is_refused_with_its_line(tmp_path, text, expected):
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    for path, expected in ((tmp_path / "nope.yaml", "no such file"), (tmp_path, "cannot be read"), (tmp_path / "a\0b", "cannot be read")):
+    for path, expected in ((tmp_path / "nope.yaml", "no such file"), (tmp_path, "is a folder"), (tmp_path / "a\0b", "cannot be read")):
         with pytest.raises(RecipeError, match=expected):
             config.read(path)
     (tmp_path / "latin.yaml").write_bytes(b"name: \xff")

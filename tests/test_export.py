@@ -357,7 +357,7 @@ def recognized(grid):
 
 
 def test_the_example_draws_digits_with_numpy_alone(finished, tmp_path):
-    for name in ("torch", "potstill"):
+    for name in ("torch", "potstill", "PIL"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(f"raise ImportError('{name} is not to be imported')")
     command = [sys.executable, str(EXAMPLES / "onnx_numpy.py"), str(finished / "export" / "onnx"), str(tmp_path / "grid.png")]
@@ -368,6 +368,15 @@ def test_the_example_draws_digits_with_numpy_alone(finished, tmp_path):
     assert classes >= 5
     lines = (EXAMPLES / "onnx_numpy.py").read_text().split('"""')[2].splitlines()
     assert sum(bool(line.strip()) for line in lines) <= 30
+
+
+@pytest.mark.parametrize("words", [[], ["folder"], ["folder", "a.png", "0", "more"]])
+def test_the_example_says_how_it_is_called(words):
+    pytest.importorskip("onnxruntime")
+    done = subprocess.run([sys.executable, str(EXAMPLES / "onnx_numpy.py"), *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.startswith("usage: python ")
+    assert done.stderr.count("\n") == 1
 
 
 WATCH = """<!DOCTYPE html><meta charset="utf-8"><body><iframe id="page" src="index.html"></iframe><script>

@@ -121,7 +121,9 @@ def test_a_published_checkpoint_that_is_none(tmp_path):
     with pytest.raises(BadInput, match="not the weights of this LVAE"):
         kd4dgm(path, (3, 64, 64))
     torch.save({"fc.weight": torch.zeros(2, 3)}, path)
-    with pytest.raises(BadInput, match=r"not an LVAE of KD4DGM, whose weights are u1.0.weight and so on; it has fc.weight \(2, 3\)"):
+    with pytest.raises(
+        BadInput, match=r"only an LVAE of KD4DGM is known by its weights, u1.0.weight and so on; here are fc.weight \(2, 3\)"
+    ):
         kd4dgm(path)
 
 

@@ -7,15 +7,18 @@ import textwrap
 
 import pytest
 import torch
-import yaml
 
 from potstill import cli, config
+from potstill.build import load
+from potstill.errors import BadInput
 from potstill.families.classifier import Classifier
 from potstill.families.gan import GAN
 from potstill.families.helmholtz import HelmholtzMachine
 from potstill.families.lvae import LVAE
 from potstill.families.vae import VAE
 from potstill.families.vrnn import VRNN
+from potstill.importers import OWN_NETWORK
+from potstill.state import write_tensors
 from test_importers import NORMAL, preprocessor, saved, vit  # noqa: F401
 
 OWN = """
@@ -175,16 +178,61 @@ def test_a_function_is_told_to_be_written(tmp_path, monkeypatch, capsys):
     ]
 
 
-def test_what_is_commented_out_is_a_recipe_too(written, tmp_path):
-    written("zoo:digits-lvae")
-    text = (tmp_path / "recipe.yaml").read_text()
-    with_data = text.replace("arms: [data_free]\n", "", 1).replace("# data: {kind: folder, path: path/to/data}", "data: {kind: digits}")
-    with_data = re.sub(r"^# arms:", "arms:", with_data, flags=re.MULTILINE).replace("reference: teacher, ", "")
-    recipe = config.check(yaml.safe_load(with_data))
-    assert [arm.kind for arm in recipe.arms] == ["data_free", "with_data", "scratch"]
-    assert recipe.data
-    assert recipe.evaluate
-    assert recipe.evaluate.reference == "data"
+def told_to_uncomment(text):
+    """The recipe after what its comment says: the # of as many lines as it names is taken away."""
+    lines = text.splitlines(keepends=True)
+    (at,) = [i for i, line in enumerate(lines) if line.startswith("# Take the # away from the next ")]
+    count = int(re.search(r"next (\d+) lines", lines[at])[1])
+    taken = lines[at + 1 : at + 1 + count]
+    assert all(line.startswith("#") for line in taken)
+    assert not lines[at + 1 + count].startswith("#")
+    return "".join([*lines[: at + 1], *(line.removeprefix("#") for line in taken), *lines[at + 1 + count :]])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_commented_out_is_a_recipe_too(written, tmp_path, name):
+    seeded(FAMILIES[name][0]).save_pretrained(tmp_path / "teacher")
+    found = written(tmp_path / "teacher")
+    text = told_to_uncomment((tmp_path / "recipe.yaml").read_text())
+    recipe = config.parse(text, "recipe.yaml")
+    with_data = [] if set(FAMILIES[name][2]) == {"generate"} else ["with_data"]
+    assert [arm.kind for arm in recipe.arms] == ["data_free", *with_data, "scratch"]
+    assert recipe.data.kind == ("folder" if name not in ("helmholtz", "vrnn") else "values")
+    assert recipe.evaluate.reference == "teacher"
+    measured = re.sub(r"^  reference: teacher .*\n", "", text, flags=re.MULTILINE)
+    assert config.parse(measured, "recipe.yaml").evaluate.reference == "data"
+    updates = sum(getattr(found.distill, phase).steps for phase in FAMILIES[name][2])
+    assert found.distill.scratch.steps == updates
+    assert ("# as many as both phases" in text) == (len(FAMILIES[name][2]) == 2)
+
+
+def test_that_three_seeds_give_a_spread_is_said(written, tmp_path):
+    assert written("zoo:digits-lvae").seeds == (0,)
+    (line,) = [line for line in (tmp_path / "recipe.yaml").read_text().splitlines() if line.startswith("seeds:")]
+    assert "[0, 1, 2], give a spread" in line
+
+
+@pytest.mark.parametrize("name", ["vae.pt", "vae.safetensors", "a.onnx", "folder"])
+def test_weights_of_ones_own_network_lead_to_the_two_functions(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    weights = {"encoder.weight": torch.zeros(2, 3)}
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.onnx").write_text("x")
+    torch.save(weights, tmp_path / "vae.pt")
+    write_tensors(tmp_path / "vae.safetensors", weights)
+    assert cli.main(["init", name]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"potstill: {name}: ")
+    assert told.endswith(f"{OWN_NETWORK}\n")
+    assert "weights alone do not say what the network is" in told or not name.startswith("vae")
+    for word in ("teacher and student", "potstill init mine:teacher --import mine", "docs/guides/own-vae.md"):
+        assert word in told
+
+
+def test_weights_as_a_pretrained_teacher_lead_there_too(tmp_path):
+    write_tensors(tmp_path / "vae.safetensors", {"encoder.weight": torch.zeros(2, 3)})
+    with pytest.raises(BadInput, match=f"weights alone do not say what the network is: {re.escape(OWN_NETWORK)}$"):
+        load(tmp_path / "vae.safetensors")
 
 
 def test_nothing_is_overwritten(tmp_path, monkeypatch, capsys):

@@ -31,6 +31,19 @@ def test_philox_known_answers(counter, key, expected):
     assert [f"{word:08x}" for word in philox(words, (first, second)).tolist()] == expected.split()
 
 
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        (0, r"a tuple such as \(0,\), where 0 is the seed; found a value of type int"),
+        ([0], r"found a value of type list"),
+        ((0, 1.5), "of ints and strings; found a value of type float in it"),
+    ],
+)
+def test_a_key_that_is_none(key, expected):
+    with pytest.raises(TypeError, match=expected):
+        Noise(key)
+
+
 def test_philox_of_many_counters_is_that_of_each():
     counters = torch.tensor([[0, 2**32 - 1, 7], [1, 2, 3], [4, 5, 2**31], [6, 0, 9]])
     together = philox(counters, (11, 2**32 - 1))

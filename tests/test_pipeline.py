@@ -203,7 +203,7 @@ def test_another_recipe_is_refused_and_nothing_changes(run, capsys, name, overri
     expected = f"potstill: {run}: stage {stage} was begun here from other inputs (differs: {differs})"
     err = capsys.readouterr().err
     assert err.startswith(expected)
-    assert err.endswith("; nothing is overwritten: choose another --out\n")
+    assert err.endswith("; nothing is overwritten: choose another --out, or remove the folder to begin again\n")
     assert err.count("\n") == 1
     assert snapshot(run) == before
 

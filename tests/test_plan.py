@@ -75,10 +75,14 @@ def test_a_plan_of_what_is_still_to_be_done(dry, place):
     assert any(line.startswith(f"teacher: LVAE, {count:,} parameters") for line in lines)
     assert stages(lines) == dict.fromkeys(("synthesize", "distill", "evaluate", "report"), "to do")
     assert any("surrogate: 16 images, ancestral" in line for line in lines)
-    assert any("4 students: 2 arms x 2 seeds (0, 3)" in line for line in lines)
+    assert any(line.strip() == "4 students: 2 arms x 2 seeds (0, 3), one after the other" for line in lines)
     assert any(re.search(r"student_data_free: generate 3 updates of 8, \S+ \w*FLOP each; infer 3 updates of 8", line) for line in lines)
     assert any("the teacher and 2 rows of students, at 2 seeds, on 16 held-out images; pixels" in line for line in lines)
     assert any(re.search(r"about \d+\.\d GiB of memory", line) for line in lines)
+
+
+def test_one_student_is_not_told_to_be_beside_others(dry):
+    assert "1 student: 1 arm x 1 seed (0)" in [line.strip() for line in dry()]
 
 
 def test_one_stage(dry):

@@ -135,7 +135,7 @@ def test_json_has_every_event_on_a_line(capsys):
 def test_a_command_that_logs_json_says_all_in_json(place, capsys):
     assert main(["run", str(place.write()), "--out", str(place.out), "--log-json"]) == 0
     out, err = capsys.readouterr()
-    assert "student_data_free" in out  # the table is no progress
+    assert "Student, data-free" in out  # the table is no progress
     events = [json.loads(line) for line in err.splitlines()]
     assert next(e["text"] for e in events if e["event"] == "say") == "synthesize"
     tasks = {e["task"]: e for e in events if e["event"] == "progress"}

@@ -15,6 +15,7 @@ from huggingface_hub.repocard import DatasetCard
 import potstill
 from potstill import cli, config, pipeline
 from potstill.errors import BadInput, Failed, Refused
+from potstill.jobs import Job
 from potstill.noise import Noise
 from potstill.publish import model_card, publish
 from potstill.state import read_json
@@ -46,6 +47,18 @@ def test_a_student_in_a_folder_is_loaded_and_says_what_it_is(finished, tmp_path)
     assert "Seeds: 0, 1." in card.text
     assert "biases" in card.text
     assert "3 updates of generate, 3 updates of infer" in card.text
+
+
+def test_what_its_figures_are_of(finished):
+    recipe, metrics = config.read(finished / "recipe.yaml"), read_json(finished / "metrics.json")
+    job = Job(recipe.arms[0], recipe.seeds[0])
+    two, one = (model_card(finished, recipe, {"student": job}, metrics | {"seeds": seeds}, None) for seeds in ([0, 1], [0]))
+    assert "mean and standard deviation over seeds 0, 1." in two.text
+    assert two.data.eval_results[0].metric_config.endswith(" over 2 seeds")
+    assert "of seed 0 alone." in one.text
+    for result in one.data.eval_results:
+        assert result.metric_config.endswith(" of 1 seed")
+        assert "±" not in result.metric_config
 
 
 def test_the_surrogate_is_a_data_set(finished, tmp_path):

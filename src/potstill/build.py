@@ -36,7 +36,7 @@ from .families.latent import LatentDiffusion, Told
 from .families.lvae import LVAE
 from .families.vae import VAE
 from .families.vrnn import VRNN
-from .importers import kd4dgm, pythae, transformers_classifier
+from .importers import OWN_NETWORK, from_hub, kd4dgm, pythae, transformers_classifier
 from .model import Model
 from .noise import Noise
 from .state import check_weights, digest_of, fingerprint, read_json, read_tensors, sha256
@@ -171,19 +171,26 @@ def locate(path: str) -> Path:
         return folder
     folder = Path(path).expanduser()
     if folder.is_dir():
+        if (folder / "recipe.yaml").is_file() and not (folder / "config.json").exists():
+            raise BadInput(f"{path}: this is a run; {_students_of(path)}")
         return folder
     if folder.exists():
-        raise BadInput(f"{path}: a folder with config.json and model.safetensors is expected; it is a file")
+        raise BadInput(
+            f"{path}: a folder with config.json and model.safetensors is expected; it is a file, and weights alone do not say what the "
+            f"network is: {OWN_NETWORK}"
+        )
     if path.count("/") == 1 and not path.startswith((".", "~", "/")):
-        from huggingface_hub import snapshot_download
-
-        try:
-            return Path(snapshot_download(path, allow_patterns=["config.json", "model.safetensors", NOISE_MAP, "model_index.json"]))
-        except Exception as error:  # of the Hub, of the network, of the name: what is raised differs between its versions
-            raise BadInput(
-                f"{path}: no such folder, and no model of that name could be had from the Hub ({type(error).__name__})"
-            ) from None
+        return from_hub(path, ["config.json", "model.safetensors", NOISE_MAP, "model_index.json"])
     raise BadInput(f"{path}: no such folder")
+
+
+def _students_of(run: str) -> str:
+    """What to load in place of a run's folder."""
+    student = Path(run) / "student"
+    home = student.expanduser()
+    found = [student, *(student / folder.name for folder in sorted(home.glob("w*")))]
+    there = [str(folder) for folder in found if (folder.expanduser() / "model.safetensors").is_file()]
+    return f"load {' or '.join(there)}" if there else "it has no student yet: its distill stage makes one"
 
 
 def pretrained(path: str) -> Network:
@@ -311,10 +318,23 @@ def allow(modules: Sequence[str]) -> None:
         BadInput: there is no such module, or importing it fails.
     """
     for module in modules:
+        if module.endswith(".py"):
+            raise BadInput(f"--import {module}: a module is expected, not its file; write --import {_module_of(module)}")
         try:
             importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name not in (module, module.partition(".")[0]):  # one that the module itself imports
+                raise BadInput(f"--import {module}: cannot be imported: {reason(error)}") from None
+            where = f"in the current directory, {os.getcwd()}, or elsewhere on sys.path"
+            raise BadInput(f"--import {module}: there is no module {error.name} {where}; run potstill where it is") from None
         except (Exception, SystemExit) as error:
             raise BadInput(f"--import {module}: cannot be imported: {reason(error)}") from None
+
+
+def _module_of(file: str) -> str:
+    """How a module is called whose file was named; of one elsewhere, as it is called where it lies."""
+    path = Path(file).with_suffix("")
+    return path.name if path.is_absolute() or ".." in path.parts else ".".join(path.parts)
 
 
 def named(target: str, allowed: Sequence[str]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import json
 import os
@@ -10,7 +11,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -67,13 +68,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 done, 1 the run failed, 2 the recipe or an argument is wrong, 130 interrupted (run it again to go on).",
     )
     parser.add_argument("--version", action="version", version=f"potstill {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def with_run(name: str, help: str, recipe: bool = True) -> None:
         command = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
         if recipe:
             command.add_argument("recipe", help="a YAML file; see potstill schema")
-        command.add_argument("overrides", nargs="*", metavar="a.b=value", help="values that replace the recipe's")
+        command.add_argument("overrides", nargs="*", default=[], metavar="a.b=value", help="values that replace the recipe's")
         command.add_argument("--out", metavar="DIR", help="folder of the run; by default runs/NAME")
         command.add_argument("--dry-run", action="store_true", help="check everything, print the plan and its cost, write nothing")
         command.add_argument(
@@ -279,14 +280,57 @@ def _schema() -> None:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    (commands,) = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not words:
+        parser.print_help(sys.stderr)
+        raise SystemExit(2)
+    if not words[0].startswith("-") and words[0] not in commands:
+        parser.error(f"{words[0]}: no such command{_meant(words[0], commands) or '; there are ' + ', '.join(commands)}")
+    arguments, rest = parser.parse_known_args(words)
+    if arguments.command is None:
+        parser.error("a command is expected first: " + ", ".join(commands))
+    command = commands[arguments.command]
     # argparse takes positional arguments in one stretch; overrides may also stand after an option.
     unknown = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(arguments, "overrides")]
+    if hasattr(arguments, "overrides") and (hint := _override_meant([*arguments.overrides, *rest])):
+        command.error(hint)
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        option = unknown[0].partition("=")[0]
+        names = [name[2:] for name in command._option_string_actions if name.startswith("--")]  # dashes would make all alike
+        meant = _meant(option.lstrip("-"), names, "--") if option.startswith("-") else ""
+        command.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
     if rest:
         arguments.overrides += rest
     return arguments
+
+
+def _meant(found: str, known: Iterable[str], before: str = "") -> str:
+    """A suggestion, where a word is much like one that is known; what stands before each of those is left out of them."""
+    close = difflib.get_close_matches(found, list(known), n=1)
+    return f"; did you mean {before}{close[0]}?" if close else ""
+
+
+def _override_meant(words: Sequence[str]) -> str | None:
+    """How to write what looks like an override: a recipe's key as an option, or one apart from its value."""
+    if all("=" in word and not word.startswith("-") for word in words):
+        return None
+    from .config import recipe_keys  # late, for it brings pydantic
+
+    keys = recipe_keys()
+    sections = {key.rstrip("=").partition(".")[0] for key in keys}
+    for word, value in zip(words, [*words[1:], None], strict=True):
+        key, equals, given = word.partition("=")
+        value = given if equals else value
+        if word.startswith("-"):
+            # Of keys with the same end, that of the first phase is meant most often.
+            ends = [known for known in keys if f".{known}".endswith(f".{key.lstrip('-')}=")]
+            if ends:
+                known = min(ends, key=lambda known: not known.startswith("distill.generate."))
+                return f"unrecognized arguments: {key}; values of the recipe are written such as {known}{value or 'VALUE'}"
+        elif not equals and key.partition(".")[0] in sections and value is not None and "=" not in value:
+            return f"{word}: an override is written a.b=value; write {word}={value}"
+    return None
 
 
 @contextmanager

@@ -103,8 +103,10 @@ PointShape = tuple[Annotated[int, Field(ge=2, le=2), _NUMERIC], One, One]
 StrokeShape = tuple[Annotated[int, Field(ge=3, le=3), _NUMERIC], Steps, One]
 OneOrTwo = Annotated[tuple[Annotated[float, _NUMERIC], ...], Field(min_length=1, max_length=2)]
 PositiveOneOrTwo = Annotated[tuple[Positive, ...], Field(min_length=1, max_length=2)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-Target = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+_TARGET = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+Name = Annotated[str, Field(pattern=_NAME)]
+Target = Annotated[str, Field(pattern=_TARGET)]
 Text = Annotated[str, Field(min_length=1), AfterValidator(_plain)]
 Pattern = Annotated[str, AfterValidator(_plain)]
 Address = Annotated[Text, AfterValidator(checked)]
@@ -1245,30 +1247,49 @@ def _schema() -> dict[str, Any]:
     return Recipe.model_json_schema()
 
 
-def _known_keys(location: Sequence[int | str]) -> list[str]:
-    """Keys that the model at the location of an unknown key would have taken, for a suggestion."""
+def _sections(location: Sequence[int | str]) -> list[dict[str, Any]]:
+    """Schemas of what may stand at a location: of a union every kind, until its tag is a part of the location."""
     schema = _schema()
     definitions = schema["$defs"]
     candidates = [schema]
     for part in location:
-        following = []
+        following, union = [], []
         for s in candidates:
             if isinstance(part, int):
                 following.append(s.get("items", {}))
             elif part in s.get("properties", {}):
                 following.append(s["properties"][part])
+            elif "patternProperties" in s:  # names of the user's own
+                following += s["patternProperties"].values()
             else:
-                following.append(s)  # the tag of a union, which is no key
+                union.append(s)  # the part is a tag, which is no key
+        following += [s for s in union if part in _kinds(s)] or union
         candidates = []
         while following:
-            s = following.pop()
+            s = following.pop(0)
             if "$ref" in s:
                 following.append(definitions[s["$ref"].rpartition("/")[2]])
             elif "anyOf" in s or "oneOf" in s:
                 following += s.get("anyOf", []) + s.get("oneOf", [])
             else:
                 candidates.append(s)
-    return [key for s in candidates for key in s.get("properties", {})]
+    return candidates
+
+
+def _kinds(section: dict[str, Any]) -> list[str]:
+    """The kinds of a union that a section of it stands for."""
+    kind = section.get("properties", {}).get("kind", {})
+    return [kind["const"]] if "const" in kind else list(kind.get("enum", ()))
+
+
+def _unknown(location: Sequence[int | str]) -> str:
+    """What is wrong with a key that its section does not have: it is another kind's, or it is like one that the section has."""
+    *home, key = location
+    every = _sections(home[:-1]) if home else []  # where the last part is a tag, the kinds of its union
+    others = [kind for s in every if key in s.get("properties", {}) for kind in _kinds(s)]
+    if others and any(home[-1] in _kinds(s) for s in every):
+        return f"is of kind {' or '.join(others)}, and here kind is {home[-1]}; remove it, or change kind"
+    return "unknown key" + _meant(key, [known for s in _sections(home) for known in s.get("properties", {})])
 
 
 def recipe_keys() -> list[str]:
@@ -1295,13 +1316,18 @@ def _problem(error: Any) -> str:
     location = error["loc"]
     path = _dotted(location)
     if error["type"] == "extra_forbidden":
-        return f"{path}: unknown key{_meant(location[-1], _known_keys(location[:-1]))}"
+        return f"{path}: {_unknown(location)}"
     if error["type"] == "union_tag_not_found":
         return f"{path}: {'its kind is missing' if isinstance(error['input'], dict) else _WORDS['dict_type']}"
     if error["type"] == "union_tag_invalid":
         kinds, kind = _choices(error), error["input"]["kind"]
         return f"{path}.kind: one of {', '.join(kinds)} is expected (found {_SHORT.repr(kind)}){_meant(kind, kinds)}"
-    message = _WORDS.get(error["type"]) or error["msg"].removeprefix("Value error, ").replace("Tuple should", "A list should")
+    pattern = error.get("ctx", {}).get("pattern")
+    message = (
+        _WORDS.get(error["type"])
+        or _PATTERNS.get(pattern)
+        or error["msg"].removeprefix("Value error, ").replace("Tuple should", "A list should")
+    )
     if not location and error["type"] == "value_error":
         return message  # of Recipe's own check, whose lines name their section
     found = error.get("input")
@@ -1325,6 +1351,10 @@ def _meant(found: Any, known: Sequence[str]) -> str:
 
 # pydantic speaks of Python, but a recipe is YAML.
 _WORDS = dict.fromkeys(("tuple_type", "list_type"), "a list is expected")
+_PATTERNS = {
+    _NAME: "a name of letters, digits, dots, hyphens and underscores is expected, with a letter or digit first, 100 at most",
+    _TARGET: "write module:function, such as mine:teacher",
+}
 _WORDS |= dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "a mapping is expected")
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
@@ -1378,7 +1408,10 @@ def check(tree: Any) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        found = error.errors()
+        every = error.errors()
+        # A list whose only item is wrong is told to be empty too, which is not what the user wrote.
+        deeper = {e["loc"][:i] for e in every for i in range(len(e["loc"]))}
+        found = [e for e in every if e["type"] != "too_short" or e["loc"] not in deeper]
         lines = [*map(_problem, found[:MAX_PROBLEMS]), *([f"and {len(found) - MAX_PROBLEMS} more"] if len(found) > MAX_PROBLEMS else [])]
         raise RecipeError(shown("\n".join(lines))) from None
 
@@ -1396,6 +1429,10 @@ def read_tree(path: str | Path) -> Any:
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such file") from None
     except OSError as error:
+        if Path(path).is_dir():
+            inside = Path(path) / "recipe.yaml"
+            instead = f"a run's recipe is {inside}" if inside.is_file() else "a recipe's file is expected"
+            raise RecipeError(f"{path}: is a folder; {instead}") from None
         raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise RecipeError(f"{path}: cannot be read ({error})") from None

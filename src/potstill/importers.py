@@ -6,7 +6,7 @@ import logging
 import re
 import reprlib
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,11 @@ from .families.own import from_autoencoder, from_logits
 from .model import Images, Model
 from .state import check_plain, check_weights, read_description, read_json, read_tensors
 
+# The way on from weights of a network that nothing here describes.
+OWN_NETWORK = (
+    "write a module mine.py with two functions, teacher and student, each of which returns a potstill Model, then: potstill init "
+    "mine:teacher --import mine. The guide docs/guides/own-vae.md shows it"
+)
 _NESTED = ("state_dict", "model_state_dict", "model")
 _LARGEST = 4096  # channels, height or width
 _DEEPEST = 8  # levels of those in each other; a pickle may hold a mapping that holds itself
@@ -111,7 +116,10 @@ def kd4dgm(path: str | Path, image: tuple[int, int, int] | None = None, std: flo
     stem, head = tensors.get("u1.0.weight"), tensors.get(f"{top}.out.weight")
     if stem is None or head is None or stem.ndim != 4 or head.ndim != 4:
         names = ", ".join(f"{name} {tuple(t.shape)}" for name, t in list(tensors.items())[:5])
-        raise BadInput(f"{path}: not an LVAE of KD4DGM, whose weights are u1.0.weight and so on; it has {names}")
+        raise BadInput(
+            f"{path}: weights alone do not say what the network is (only an LVAE of KD4DGM is known by its weights, u1.0.weight and so on; "
+            f"here are {names}); {OWN_NETWORK}"
+        )
     blocks = len({m[1] for name in tensors if (m := re.match(rf"{re.escape(top)}\.net\.(\d+)\.", name))})
     width, channels = stem.shape[:2]
     side = 2 ** (levels - 1 + blocks // 2)
@@ -129,6 +137,35 @@ def kd4dgm(path: str | Path, image: tuple[int, int, int] | None = None, std: flo
     net = made()
     net.load_state_dict(tensors)
     return net.eval()
+
+
+def from_hub(name: str, patterns: Sequence[str], ignored: Sequence[str] = ()) -> Path:
+    """The folder into which a model of the Hub is downloaded.
+
+    Args:
+        name: ``owner/name``, which is no folder here.
+        patterns: of the files that are wanted.
+        ignored: of those that are not.
+
+    Raises:
+        BadInput: the Hub is not reached, or does not give it.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=list(ignored) or None))
+    except GatedRepoError:  # which is a RepositoryNotFoundError too
+        why = "the Hub gives the model of that name only to those who accept its terms: do so on its page, then hf auth login"
+    except RepositoryNotFoundError:
+        why = "the Hub was asked and knows no such model; a private one needs hf auth login"
+    except HFValidationError:
+        why = "no model of the Hub can have that name"
+    except Exception as error:  # of the network below the Hub: what is raised differs between its versions
+        if isinstance(error, OSError) and error.filename:  # a full disk, not the network
+            raise
+        why = "the Hub was asked and not reached (no network?)"
+    raise BadInput(f"{name}: there is no such folder, and {why}")
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from .families.diffusion import chain_of
 from .families.helmholtz import HelmholtzMachine
 from .families.latent import LatentDiffusion
 from .families.vrnn import VRNN
+from .importers import OWN_NETWORK
 from .model import Model
 from .noise import Noise
 from .state import read_json
@@ -81,7 +82,7 @@ def teacher_section(model: str) -> dict[str, Any]:
         return {"kind": "python", "target": model}
     if path.is_file():
         if not path.name.endswith(_FILES):
-            raise BadInput(f"{model}: {_KINDS} is expected; this is another file")
+            raise BadInput(f"{model}: {_KINDS} is expected; this is another file. For a network of your own, {OWN_NETWORK}")
         return {"kind": "kd4dgm", "path": model}
     folder = build.locate(model)
     if (folder / "model_index.json").exists():
@@ -96,7 +97,7 @@ def teacher_section(model: str) -> dict[str, Any]:
         return {"kind": "pretrained", "path": model}
     if isinstance(described, dict) and ("architectures" in described or "model_type" in described):
         return {"kind": "transformers", "path": model}
-    raise BadInput(f"{model}: {_KINDS} is expected; the folder has the files of none of them")
+    raise BadInput(f"{model}: {_KINDS} is expected; the folder has the files of none of them. For a network of your own, {OWN_NETWORK}")
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def recipe(model: str, section: dict[str, Any], teacher: Model, allowed: Sequenc
         allowed: modules that code may come from.
     """
     part = _part(teacher)
-    return "\n".join([*_head(model, section, teacher, allowed), *_stages(part), *_measured(teacher), *_with_data(part, teacher)]) + "\n"
+    return "\n".join([*_head(model, section, teacher, allowed), *_stages(part), *_arms(part, teacher), *_measured(teacher)]) + "\n"
 
 
 def _head(model: str, section: dict[str, Any], teacher: Model, allowed: Sequence[str]) -> Iterator[str]:
@@ -154,26 +155,34 @@ def _stages(part: _Part) -> Iterator[str]:
         yield from (f"  {key}: {config.in_a_line(value)}" for key, value in part.surrogate.items())
     yield "# More updates make better students; these are few."
     yield "distill:"
-    yield from (f"  {name}: {config.in_a_line(phase)}" for name, phase in part.distill.items())
-    yield "arms: [data_free]"
-    yield "seeds: [0]                       # more of them tell how much is chance: [0, 1, 2]"
+    others = [phase for name, phase in part.distill.items() if phase and name != "scratch"]
+    for name, phase in part.distill.items():
+        why = "     # as many as both phases" if name == "scratch" and len(others) > 1 else ""
+        yield f"  {name}: {config.in_a_line(phase)}{why}"
+
+
+def _arms(part: _Part, teacher: Model) -> Iterator[str]:
+    kind = "folder" if teacher.images.pixels else "values"
+    more = [*(["with_data"] if teacher.infer or teacher.link else []), *(["scratch"] if "scratch" in part.distill else [])]
+    yield "arms:"
+    yield "- data_free"
+    # Without a space after the #, so that a line is right however it is taken away.
+    yield "# Where there is data, these are the students that its owner could have made, to compare with this one."
+    yield f"# Take the # away from the next {len(more) + 1} lines, and put your path there."
+    yield from (f"#- {name}" for name in more)
+    yield f"#data: {{kind: {kind}, path: path/to/data}}"
+    yield "seeds: [0]     # three of them, [0, 1, 2], give a spread, which tells how much is chance"
 
 
 def _measured(teacher: Model) -> Iterator[str]:
     features = "pixels" if teacher.images.pixels else "standardized"
-    count = ", n: 64" if isinstance(teacher.net, LatentDiffusion) else ""  # whose images take a while
     yield "# Against fresh images of the teacher, for there is no data: how like it the student is, not how good."
-    yield f"evaluate: {{reference: teacher, features: {features}{count}}}     # or classifier:PATH"
+    yield "evaluate:"
+    yield "  reference: teacher     # where there is data, delete this line: then its held-out images are measured against"
+    yield f"  features: {features}     # or classifier:PATH"
+    if isinstance(teacher.net, LatentDiffusion):
+        yield "  n: 64     # its images take a while"
     yield "report: {}"
-
-
-def _with_data(part: _Part, teacher: Model) -> Iterator[str]:
-    kind = "folder" if teacher.images.pixels else "values"
-    yield "# Where there is data, the students that its owner could have made are told beside this one, and all are measured against"
-    yield "# held-out images: take the # away, and above arms and reference: teacher."
-    yield f"# data: {{kind: {kind}, path: path/to/data}}"
-    arms = ["data_free", *(["with_data"] if teacher.infer or teacher.link else []), *(["scratch"] if "scratch" in part.distill else [])]
-    yield f"# arms: {config.in_a_line(arms)}"
 
 
 # ------------------------------------------------------------------ by what a teacher is
@@ -238,7 +247,8 @@ def _of_vae(teacher: Model) -> _Part:
         case _:
             # An encoder that has seen only clean means trusts real images too little.
             surrogate |= {"observe": "sample"}
-    return _Part(surrogate, {"generate": generate, "infer": infer, "scratch": learning}, why)
+    both = learning | {"steps": generate["steps"] + infer["steps"]}
+    return _Part(surrogate, {"generate": generate, "infer": infer, "scratch": both}, why)
 
 
 @torch.no_grad()

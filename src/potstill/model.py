@@ -135,19 +135,40 @@ class Model:
         """Where the parameters are."""
         return next((p.device for p in self.net.parameters()), torch.device("cpu"))
 
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.net.parameters())
+        return f"Model({type(self.net).__name__}, {count:,} parameters, images {'x'.join(map(str, self.images.shape))})"
+
     @torch.no_grad()
     def sample(self, n: int, noise: NoiseSource) -> Tensor:
         """``n`` images ``(n, C, H, W)`` in [0, 1]: the mean of the output's conditional, which is what is looked at and measured.
 
         In eval mode, whatever mode the network is in and is left in: looking at a model does not change it.
+
+        Raises:
+            TypeError: the noise is no source of it, such as the seed alone.
         """
+        _check_noise(noise)
         with evaluating(self.net):
             trace = run(self.program("generate"), noise=noise, n=n, device=self.device)
         return self.images.clip(self.images.decode(trace.out.dist.mean))
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, noise: NoiseSource) -> Tensor:
-        """Images ``(batch, C, H, W)`` in [0, 1] through the latents inferred from them and back, in eval mode as :meth:`sample`."""
+        """Images ``(batch, C, H, W)`` in [0, 1] through the latents inferred from them and back, in eval mode as :meth:`sample`.
+
+        Raises:
+            TypeError: the noise is no source of it, such as the seed alone.
+        """
+        _check_noise(noise)
         with evaluating(self.net):
             trace = run(self.program("infer"), self.images.encode(x.to(self.device)), noise=noise)
         return self.images.clip(self.images.decode(trace.out.dist.mean))
+
+
+def _check_noise(noise: object) -> None:
+    if not isinstance(noise, NoiseSource):
+        seed = noise if isinstance(noise, int) else 0
+        raise TypeError(
+            f"noise: a source is expected, found a value of type {type(noise).__name__}; pass Noise(({seed},)), where {seed} is the seed"
+        )

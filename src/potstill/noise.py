@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
     return torch.stack([c0, c1 & _MASK, c2, c3 & _MASK])
 
 
+@runtime_checkable
 class NoiseSource(Protocol):
     """Where a trace takes its standard noise from."""
 
@@ -69,10 +70,19 @@ class Noise:
         rows: one index in [0, 2**63) per sample of the batch. Row ``r`` of the noise depends on ``r`` alone, not on the
             batch around it, so an image does not change with the batch size or the number of processes.
             ``None`` stands for rows 0, 1, 2, ... of whatever batch is asked for.
+
+    Raises:
+        TypeError: the key is no tuple of ints and strings.
     """
 
     key: tuple[int | str, ...] = (0,)
     rows: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.key, tuple):
+            raise TypeError(f"Noise: its key is a tuple such as (0,), where 0 is the seed; found a value of type {type(self.key).__name__}")
+        if strange := [part for part in self.key if not isinstance(part, (int, str))]:
+            raise TypeError(f"Noise: its key is of ints and strings; found a value of type {type(strange[0]).__name__} in it")
 
     def fold(self, *keys: int | str) -> Noise:
         """A fresh, independent source derived from this one."""

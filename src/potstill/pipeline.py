@@ -550,9 +550,9 @@ class Run:
                 self.board.say(f"  {uneven}")
             todo = [job for job in jobs(recipe) if not is_done(self.folder, job, identity)]
             workers, count = self.workers(sum(bool(undone(self.folder, group, identity)) for group in groups(recipe).values()))
-            how = f"{workers} side by side" if self.ranks.count == 1 else f"each by {self.ranks.count} processes"
+            how = beside(len(todo), workers) if self.ranks.count == 1 else f", each by {self.ranks.count} processes"
             sizes = f" in {len(recipe.widths)} sizes, those of an arm and a seed together" if recipe.students else ""
-            self.board.say(f"  {len(todo)} student{'s' if len(todo) > 1 else ''}{sizes}, {how}")
+            self.board.say(f"  {number_of(len(todo), 'student')}{sizes}{how}")
             self._say_needed(self.needs.get("distill"), workers, self.bytes_of_surrogates())
             self._say_spoiled(states_of(self.folder))
             together = Together(self.board, {job.name: updates(recipe, job.arm) for job in todo})
@@ -1139,9 +1139,22 @@ def _depends_of(begun: Path) -> dict[str, Any]:
     return depends
 
 
+def number_of(n: int, what: str) -> str:
+    """A number of things, such as 1 student or 3 students."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
+def beside(students: int, workers: int) -> str:
+    """How many of so many students are trained at a time, to be said after them; of one there is nothing to say."""
+    if students <= 1:
+        return ""
+    return ", one after the other" if workers == 1 else f", {workers} side by side"
+
+
 def _refusal(folder: Path, stage: str, differences: list[str]) -> str:
     what = ", ".join(differences) or "unknown"
-    return f"{folder}: stage {stage} was begun here from other inputs (differs: {what}); nothing is overwritten: choose another --out"
+    begun = f"{folder}: stage {stage} was begun here from other inputs (differs: {what})"
+    return f"{begun}; nothing is overwritten: choose another --out, or remove the folder to begin again"
 
 
 def _plain(value: Any) -> Any:

@@ -28,7 +28,7 @@ from .jobs import (
     updates,
 )
 from .noise import Noise
-from .pipeline import DONE, Run, stages_of
+from .pipeline import DONE, Run, beside, number_of, stages_of
 from .progress import Board
 from .state import check_unlocked
 from .synthesize.guided import Guided
@@ -222,9 +222,9 @@ class _Plan:
         workers, _ = self.run.workers(len(groups(recipe)))
         done = sum(is_done(self.run.folder, job) for job in every)
         sizes = f" x {len(recipe.widths)} widths" if recipe.students else ""
-        text = f"{_count(len(every), 'student')}: {_count(len(recipe.arms), 'arm')} x {_count(len(recipe.seeds), 'seed')}"
+        text = f"{number_of(len(every), 'student')}: {number_of(len(recipe.arms), 'arm')} x {number_of(len(recipe.seeds), 'seed')}"
         text += f" ({', '.join(map(str, recipe.seeds))}){sizes}"
-        yield f"{text}, {workers} side by side" + (f"; {done} of them are there" if done else "")
+        yield text + beside(len(every), workers) + (f"; {done} of them are there" if done else "")
         if uneven := self.run.uneven():
             yield uneven
         each = flops(self.shop, self.shop.teacher)
@@ -283,7 +283,7 @@ class _Plan:
         n = self.run.reference_images(self.shop.teacher)
         against = "held-out images" if section.reference == "data" else "images of the teacher's making"
         rows = 1 + len(recipe.arms) * len(recipe.widths)
-        text = f"the teacher and {_count(rows - 1, 'row')} of students, at {_count(len(recipe.seeds), 'seed')}, on {n:,} {against}"
+        text = f"the teacher and {number_of(rows - 1, 'row')} of students, at {number_of(len(recipe.seeds), 'seed')}, on {n:,} {against}"
         yield f"{text}; {section.features}"
         if unread := self.run.unread_data():
             yield unread
@@ -307,10 +307,6 @@ def _bytes(net: nn.Module) -> int:
 
 def _network(net: nn.Module) -> str:
     return f"{type(net).__name__}, {parameters(net):,} parameters, {_mib(_bytes(net))}"
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 def _mib(size: float) -> str:

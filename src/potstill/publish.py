@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -161,9 +161,20 @@ def _figures(metrics: dict[str, Any] | None) -> Iterator[str]:
     reference = metrics["reference"]
     features = f" Distances are on the features `{_last(reference['features'])}`, and are no FID." if reference["features"] else ""
     yield (
-        f"## Figures\n\n{verdict(metrics)}\n\nAgainst {reference['n']} images of {_last(reference['data'])}, mean and standard deviation "
-        f"over seeds {', '.join(map(str, metrics['seeds']))}.{features}\n\n```text\n{text_table(metrics)}\n```"
+        f"## Figures\n\n{verdict(metrics)}\n\nAgainst {reference['n']} images of {_last(reference['data'])}, "
+        f"{_of(metrics['seeds'])}.{features}\n\n```text\n{text_table(metrics)}\n```"
     )
+
+
+def _of(seeds: Sequence[int]) -> str:
+    """What the table's figures are of; one seed has no spread."""
+    if len(seeds) == 1:
+        return f"of seed {seeds[0]} alone"
+    return f"mean and standard deviation over seeds {', '.join(map(str, seeds))}"
+
+
+def _over(seeds: Sequence[int]) -> str:
+    return "of 1 seed" if len(seeds) == 1 else f"over {len(seeds)} seeds"
 
 
 def _results(job: Job, metrics: dict[str, Any] | None) -> Iterator[EvalResult]:
@@ -186,7 +197,7 @@ def _results(job: Job, metrics: dict[str, Any] | None) -> Iterator[EvalResult]:
             metric_type=metric.key,
             metric_name=f"{metric.label}{features}",
             metric_value=value.mean,
-            metric_config=f"{format_value(value, metric.key)} over {len(metrics['seeds'])} seeds",
+            metric_config=f"{format_value(value, metric.key)} {_over(metrics['seeds'])}",
         )
 
 

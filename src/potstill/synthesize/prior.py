@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import BadInput
-from ..importers import quiet, whole
+from ..importers import from_hub, quiet, whole
 from ..noise import Noise
 from ..state import check_plain, digest_of, read_description
 
@@ -404,13 +404,11 @@ def _folder(path: Path | str) -> Path:
     text = str(path)
     if text.count("/") != 1 or text.startswith((".", "/")):
         raise BadInput(f"prior {path}: no such folder, and not a Hub id of the form owner/name")
-    from huggingface_hub import snapshot_download
-
     patterns = ["*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.safetensors"]
     try:
-        return Path(snapshot_download(text, allow_patterns=patterns, ignore_patterns=["*fp16*", "*non_ema*", "safety_checker/*"]))
-    except Exception as error:  # the hub's own errors, and those of the network below it
-        raise BadInput(f"prior {path}: not a folder here, and the Hub cannot be asked: {(str(error).splitlines() or [''])[0]}") from None
+        return from_hub(text, patterns, ["*fp16*", "*non_ema*", "safety_checker/*"])
+    except BadInput as error:
+        raise BadInput(f"prior {error}") from None
 
 
 def _longest(tokenizer: Any, encoder: Any) -> int:
