@@ -205,3 +205,17 @@ def test_disk_is_enough_for_what_is_written(dry, place):
     assert sum(p.stat().st_size for p in place.out.glob("surrogate/*.parquet")) <= limit * 2**20
     weights = sum(p.stat().st_size for p in [*place.out.glob("students/**/*.safetensors"), *place.out.glob("student/*.safetensors")])
     assert students * 2**20 == pytest.approx(weights, rel=0.01)
+
+
+def test_the_time_is_that_of_an_update_of_each_phase(dry, monkeypatch):
+    asked = []
+
+    def timed(update):
+        asked.append(len(next(iter(update().values()))))
+        return 0.5 if len(asked) == 1 else 0.01
+
+    monkeypatch.setattr(jobs, "_timed", timed)
+    lines = dry("run", distill={"generate": STEPS, "infer": STEPS | {"batch": 64}})
+    assert asked == [2, 2, 32]  # two samples that take long are enough
+    # Three updates of 8 samples at 0.5 s for two, and three of 64 at 0.01 s for 32.
+    assert "about 6 s on this machine, as an update of each is timed now" in {line.strip() for line in lines}

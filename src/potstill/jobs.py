@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 
 # Longer than a killed run's worker needs to finish its update and notice that its parent is gone.
 PATIENCE_SECONDS = 60.0
+_TIMED, _LONG = 32, 0.25  # samples of an update that is timed, and seconds after which two of them must do
 
 
 @dataclass(frozen=True)
@@ -591,18 +593,18 @@ def rehearse(shop: Workshop, teacher: Model) -> int:
 
 
 def _rehearsed(
-    shop: Workshop, teacher: Model, arm: config.Arm, name: str, student: Model, adversary: Adversary | None
+    shop: Workshop, teacher: Model, arm: config.Arm, name: str, student: Model, adversary: Adversary | None, n: int = 2
 ) -> Callable[[], dict[str, Tensor]]:
-    """What finds the losses of a phase of an arm, on two samples."""
+    """What finds the losses of a phase of an arm, on a few samples."""
     distill, plain = shop.recipe.distill or config.Distill(), _plain_name(name)
-    noise, gray = Noise((0, "rehearsal")), torch.full((2, *teacher.images.shape), 0.5, device=shop.device)
+    noise, gray = Noise((0, "rehearsal")), torch.full((n, *teacher.images.shape), 0.5, device=shop.device)
     if name == "scratch":
         return _scratch(arm, student, adversary, classes_of(teacher) is not None, noise, gray)
     if name == "continual":
         learning = _continual(distill.continual, teacher, student)
         return lambda: learning(noise, gray)
-    if plain == "link" and (pool := _pool(shop.recipe, arm, teacher, student, 0, 2)):
-        return lambda: pool(noise, torch.arange(2))
+    if plain == "link" and (pool := _pool(shop.recipe, arm, teacher, student, 0, n)):
+        return lambda: pool(noise, torch.arange(n))
     images = gray if arm.kind != "data_free" or shop.recipe.images_of(arm, plain) else None
     if plain == "generate" and images is not None and teacher.infer is None:
         raise BadInput(
@@ -610,7 +612,7 @@ def _rehearsed(
             "infer the noise behind them; use data_free arms that start from noise"
         )
     objective = _objective(distill, arm, plain, teacher, student, adversary, shop.energy_of(arm))
-    return lambda: objective(noise, images, 2)
+    return lambda: objective(noise, images, n)
 
 
 def _scratch(
@@ -650,6 +652,37 @@ def flops(shop: Workshop, teacher: Model) -> dict[str, dict[str, int]]:
             train_only(student.net, _learns(distill, arm, student, _plain_name(name)))
             counts[name] = _counted(_rehearsed(shop, teacher, arm, name, student, adversary)) // 2
     return found
+
+
+def seconds(shop: Workshop, teacher: Model) -> dict[str, dict[str, float]]:
+    """About how long an update takes on this machine, the optimizer aside, by the student's title and the phase: one is timed.
+
+    It is of two samples where these take long, of more where what is timed would be the start of each operation.
+    """
+    distill, found = shop.recipe.distill or config.Distill(), dict[str, dict[str, float]]()
+    for arm, width in product(shop.recipe.arms, shop.recipe.widths):
+        student = shop.student_of(teacher, 0, arm.chain, width)
+        adversary = adversary_of(shop.recipe, arm, student, 0)
+        times = found[Job(arm, 0, width).title] = {}
+        for name in updates(shop.recipe, arm):
+            train_only(student.net, _learns(distill, arm, student, _plain_name(name)))
+            batch = getattr(distill, _plain_name(name)).batch
+            for n in (2, min(batch, _TIMED)):
+                taken = _timed(_rehearsed(shop, teacher, arm, name, student, adversary, n))
+                times[name] = taken * batch / n
+                if taken > _LONG:
+                    break
+    return found
+
+
+def _timed(update: Callable[[], dict[str, Tensor]]) -> float:
+    """Seconds of an update, forward and backward, the second time that it is made."""
+    for _ in range(2):
+        start = time.perf_counter()
+        total(update()).mean().backward()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def _counted(update: Callable[[], dict[str, Tensor]]) -> int:

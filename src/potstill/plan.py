@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from . import build, config
+from .distill.loop import threads
 from .errors import BadInput
 from .evaluate.cost import Operations, parameters, size_mib
 from .jobs import (
@@ -25,11 +26,12 @@ from .jobs import (
     is_done,
     jobs,
     memory_of_train,
+    seconds,
     updates,
 )
 from .noise import Noise
 from .pipeline import DONE, Run, beside, number_of, stages_of
-from .progress import Board
+from .progress import Board, span
 from .state import check_unlocked
 from .synthesize.guided import Guided
 from .synthesize.inversion import Inversion, LatentInversion
@@ -213,6 +215,18 @@ class _Plan:
         steps, first = synthesis.synthesizer.steps, counted(1)
         return first + (steps - 1) * (counted(2) - first)
 
+    def _time(self, workers: int, done: int) -> Iterator[str]:
+        recipe = self.recipe
+        with threads(self.run.workers(len(groups(recipe)))[1]):
+            each = seconds(self.shop, self.shop.teacher)
+        whole = sum(
+            each[Job(arm, 0, width).title][name] * steps * len(recipe.seeds)
+            for arm in recipe.arms
+            for width in recipe.widths
+            for name, steps in updates(recipe, arm).items()
+        )
+        yield f"about {span(whole / workers)} on this machine, as an update of each is timed now" + (", if none were there" if done else "")
+
     def _at_most(self, phase: str) -> str:
         section = getattr(self.recipe.distill, phase.partition("-")[0], None)
         return "at most " if getattr(section, "early_stopping", None) else ""
@@ -237,6 +251,7 @@ class _Plan:
                     self.flops += update * steps * len(recipe.seeds)
                     phases.append(f"{name} {self._at_most(name)}{steps:,} updates of {batch}, {_operations(update)} each")
                 yield f"{title}: {'; '.join(phases)}"
+        yield from self._time(workers, done)
         if recipe.students:
             yield "the teacher's part of an update is counted for each width, and is done once"
         yield from self._rounds()
