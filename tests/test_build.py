@@ -205,3 +205,18 @@ def test_a_student_of_another_architecture():
     other = config.Student.model_validate({"net": {"kind": "vae", "image": [1, 4, 4], "width": 2, "latent": 3}})
     with pytest.raises(BadInput, match=r"student: makes images of \(1, 4, 4\), the teacher of \(1, 8, 8\)"):
         build.student(other, teacher, 0, ())
+
+
+def test_weights_of_ones_own_network_are_told_from_a_folder_of_ours(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(BadInput, match=r"no config\.json, so the weights are of a network of your own"):
+        build.load(tmp_path)
+
+
+def test_what_a_function_of_ones_own_is_not_given_is_told(tmp_path, monkeypatch):
+    (tmp_path / "narrow.py").write_text("def student(width):\n    return width\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert build.resolve("narrow:student", ["narrow"], width=3) == 3
+    for arguments, said in (({}, "missing a required argument: 'width'"), ({"wide": 3}, "missing a required argument: 'width'")):
+        with pytest.raises(BadInput, match=f"narrow:student: {said}; it is called with what the recipe has as arguments"):
+            build.resolve("narrow:student", ["narrow"], **arguments)

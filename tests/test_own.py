@@ -245,3 +245,17 @@ def test_looking_at_a_model_in_train_mode_changes_nothing():
     model.frozen()
     assert torch.equal(drawn, model.sample(5, Noise((1,))))
     assert torch.equal(again, model.reconstruct(images, Noise((1,))))
+
+
+def test_one_network_that_encodes_and_decodes_is_enough():
+    whole = Whole()
+    one, two = from_autoencoder(whole, WIDE), from_autoencoder(whole.encode, whole.decode, WIDE)
+    assert one.net is two.net is whole
+    assert torch.equal(one.sample(3, Noise((2,))), two.sample(3, Noise((2,))))
+    for wrong, said in (
+        ((Encoder(), WIDE), "Encoder has no methods encode and decode"),
+        ((whole.encode, whole.decode), "images: the shape and range of its images are expected"),
+        ((whole.encode, WIDE, WIDE), "decode: a function of latents is expected, found Images"),
+    ):
+        with pytest.raises(BadInput, match=said):
+            from_autoencoder(*wrong)

@@ -173,6 +173,11 @@ def locate(path: str) -> Path:
     if folder.is_dir():
         if (folder / "recipe.yaml").is_file() and not (folder / "config.json").exists():
             raise BadInput(f"{path}: this is a run; {_students_of(path)}")
+        if (folder / "model.safetensors").is_file() and not (folder / "config.json").exists():
+            raise BadInput(
+                f"{path}: no config.json, so the weights are of a network of your own: make it by your code, and load model.safetensors "
+                "into it"
+            )
         return folder
     if folder.exists():
         raise BadInput(
@@ -373,6 +378,12 @@ def resolve(target: str, allowed: Sequence[str], **arguments: Any) -> Any:
     function = named(target, allowed)
     if not callable(function):
         raise BadInput(f"{target}: not a function")
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        raise BadInput(f"{target}: {error}; it is called with what the recipe has as arguments: {{...}} beside target") from None
+    except ValueError:  # it has no signature that can be read
+        pass
     try:
         return function(**arguments)
     except BadInput:

@@ -180,7 +180,18 @@ def _zoo() -> None:
         print(f"zoo:{card.parent.name}  ({size:.2f} MiB)\n  {lines[0]}")
 
 
-def _doctor(run: Path | None, teacher: str | None, modules: Sequence[str]) -> None:
+# What is installed by name, with the modules that it brings and what they are for.
+_EXTRAS = {
+    "demo": (("sklearn",), "the demo, and data: {kind: digits}"),
+    "diffusion": (("diffusers", "transformers"), "guided synthesis, and teachers of diffusers and transformers"),
+    "export": (("onnx", "onnxscript", "onnxruntime"), "export --to onnx"),
+    "data": (("datasets",), "load_dataset on a surrogate"),
+    "tensorboard": (("tensorboard",), "compute.trackers: [tensorboard]"),
+    "wandb": (("wandb",), "compute.trackers: [wandb]"),
+}
+
+
+def _doctor(run: Path | None, teacher: str | None, allowed: Sequence[str]) -> None:
     if run is not None:
         from .inventory import damage
 
@@ -188,7 +199,7 @@ def _doctor(run: Path | None, teacher: str | None, modules: Sequence[str]) -> No
             raise BadInput("\n".join(damaged))
         print(f"{run}: every file is as it was written")
     if teacher is not None:
-        _examine(teacher, modules)
+        _examine(teacher, allowed)
     if run is not None or teacher is not None:
         return
     import importlib.util
@@ -204,8 +215,9 @@ def _doctor(run: Path | None, teacher: str | None, modules: Sequence[str]) -> No
         print(f"{name:<16}{'yes' if present else 'no'}")
     for package, number in found["versions"].items():
         print(f"{package:<16}{number}")
-    for module, use in (("sklearn", "the demo and data: {kind: digits}"), ("datasets", "load_dataset on a surrogate")):
-        print(f"{module:<16}{'installed' if importlib.util.find_spec(module) else 'not installed'}: {use}")
+    for extra, (modules, use) in _EXTRAS.items():
+        there = all(importlib.util.find_spec(module) for module in modules)
+        print(f"{f'[{extra}]':<16}{'installed' if there else 'not installed'}: {use}")
 
 
 def _examine(teacher: str, modules: Sequence[str]) -> None:

@@ -23,9 +23,9 @@ _STDS: dict[Spread, Callable[[Tensor], Tensor]] = {
 
 
 def from_autoencoder(
-    encode: Callable[[Tensor], Any],
-    decode: Callable[[Tensor], Any],
-    images: Images,
+    encode: Callable[[Tensor], Any] | nn.Module,
+    decode: Callable[[Tensor], Any] | Images,
+    images: Images | None = None,
     *,
     spread: Spread = "log_variance",
     std: float | None = 0.1,
@@ -33,6 +33,9 @@ def from_autoencoder(
     channels_last: bool = False,
 ) -> Model:
     """A VAE as a model with both programs; its one latent is the node ``z``, with a standard normal prior.
+
+    ``from_autoencoder(net, images)`` is of one network with methods ``encode`` and ``decode``, and otherwise as
+    ``from_autoencoder(net.encode, net.decode, images)``.
 
     Args:
         encode: a module, or a method of one such as ``vae.encode``: images ``(batch, C, H, W)`` in their own range to the posterior's mean
@@ -45,8 +48,23 @@ def from_autoencoder(
         channels_last: whether both are on images ``(batch, H, W, C)``.
 
     Raises:
-        BadInput: the encoder fails on images of that shape, or gives something else.
+        BadInput: the encoder fails on images of that shape, or gives something else; one network is given that has no such methods.
     """
+    if images is not None:
+        if isinstance(decode, Images):
+            raise BadInput("decode: a function of latents is expected, found Images; give encode, decode, images, or a network and images")
+        return _autoencoder(encode, decode, images, spread, std, net, channels_last)
+    if not isinstance(decode, Images):
+        raise BadInput("images: the shape and range of its images are expected, such as Images.between((3, 32, 32), -1, 1)")
+    methods = [getattr(encode, name, None) for name in ("encode", "decode")]
+    if not all(callable(method) for method in methods):
+        raise BadInput(f"{_name(encode)} has no methods encode and decode; give the two, whatever they are called, and images")
+    return _autoencoder(methods[0], methods[1], decode, spread, std, net, channels_last)
+
+
+def _autoencoder(
+    encode: Any, decode: Any, images: Images, spread: Spread, std: float | None, net: nn.Module | None, channels_last: bool
+) -> Model:
     if spread not in _STDS:
         raise BadInput(f"spread {spread!r}: one of {', '.join(_STDS)} is expected")
     net = net or _whole({"encoder": encode, "decoder": decode})
