@@ -637,20 +637,26 @@ def _scratch(
     return lambda: own(noise, images)
 
 
+def _phases(shop: Workshop, teacher: Model) -> Iterator[tuple[str, str, Callable[[int], Callable[[], dict[str, Tensor]]]]]:
+    """Each student's title and each of its phases by name, with what makes an update of so many samples."""
+    distill = shop.recipe.distill or config.Distill()
+    for arm, width in product(shop.recipe.arms, shop.recipe.widths):
+        student = shop.student_of(teacher, 0, arm.chain, width)
+        adversary = adversary_of(shop.recipe, arm, student, 0)
+        for name in updates(shop.recipe, arm):
+            train_only(student.net, _learns(distill, arm, student, _plain_name(name)))
+            yield Job(arm, 0, width).title, name, partial(_rehearsed, shop, teacher, arm, name, student, adversary)
+
+
 def flops(shop: Workshop, teacher: Model) -> dict[str, dict[str, int]]:
     """About how many floating-point operations a sample of an update takes, by the student's title and the phase.
 
     They are counted on two samples of the networks themselves: the teacher forward, the student forward and backward, and what else the
     phase's loss has.
     """
-    distill, found = shop.recipe.distill or config.Distill(), dict[str, dict[str, int]]()
-    for arm, width in product(shop.recipe.arms, shop.recipe.widths):
-        student = shop.student_of(teacher, 0, arm.chain, width)
-        adversary = adversary_of(shop.recipe, arm, student, 0)
-        counts = found[Job(arm, 0, width).title] = {}
-        for name in updates(shop.recipe, arm):
-            train_only(student.net, _learns(distill, arm, student, _plain_name(name)))
-            counts[name] = _counted(_rehearsed(shop, teacher, arm, name, student, adversary)) // 2
+    found: dict[str, dict[str, int]] = {}
+    for title, name, of in _phases(shop, teacher):
+        found.setdefault(title, {})[name] = _counted(of(2)) // 2
     return found
 
 
@@ -660,18 +666,13 @@ def seconds(shop: Workshop, teacher: Model) -> dict[str, dict[str, float]]:
     It is of two samples where these take long, of more where what is timed would be the start of each operation.
     """
     distill, found = shop.recipe.distill or config.Distill(), dict[str, dict[str, float]]()
-    for arm, width in product(shop.recipe.arms, shop.recipe.widths):
-        student = shop.student_of(teacher, 0, arm.chain, width)
-        adversary = adversary_of(shop.recipe, arm, student, 0)
-        times = found[Job(arm, 0, width).title] = {}
-        for name in updates(shop.recipe, arm):
-            train_only(student.net, _learns(distill, arm, student, _plain_name(name)))
-            batch = getattr(distill, _plain_name(name)).batch
-            for n in (2, min(batch, _TIMED)):
-                taken = _timed(_rehearsed(shop, teacher, arm, name, student, adversary, n))
-                times[name] = taken * batch / n
-                if taken > _LONG:
-                    break
+    for title, name, of in _phases(shop, teacher):
+        batch = getattr(distill, _plain_name(name)).batch
+        for n in (2, min(batch, _TIMED)):
+            taken = _timed(of(n))
+            found.setdefault(title, {})[name] = taken * batch / n
+            if taken > _LONG:
+                break
     return found
 
 
