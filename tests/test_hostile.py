@@ -502,8 +502,10 @@ def test_figures_that_are_no_json_any_more(place, capsys):
     assert place.run("run", report=None) == 0
     (place.out / "metrics.json").write_bytes(b"\xff{")
     capsys.readouterr()
-    assert place.run("run", report=None) == 2
+    assert cli.main(["compare", str(place.out)]) == 2
     assert "metrics.json: not JSON" in capsys.readouterr().err
+    assert place.run("run", report=None) == 0, "they are measured again"
+    assert json.loads((place.out / "metrics.json").read_bytes())["format"] == "potstill-metrics/1"
 
 
 def test_a_recipe_of_a_run_that_is_no_text_any_more_is_written_again(place):

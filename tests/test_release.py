@@ -72,5 +72,5 @@ def test_the_demo_runs_from_the_wheel_alone(released, tmp_path, monkeypatch):
     command = [str(tmp_path / "env" / "bin" / "potstill"), "demo", "--quiet", *FEW]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "student_data_free" in done.stdout
+    assert "Student, data-free" in done.stdout
     assert (tmp_path / "runs" / "digits-demo" / "report.html").stat().st_size > 50_000
