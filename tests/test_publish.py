@@ -43,6 +43,7 @@ def test_a_student_in_a_folder_is_loaded_and_says_what_it_is(finished, tmp_path)
     assert results["frechet"].metric_value == pytest.approx(row["frechet"]["mean"])
     assert results["reconstruction_mse"].metric_value == pytest.approx(row["reconstruction_mse"]["mean"])
     assert "features: pixels" in results["frechet"].metric_name
+    assert results["reconstruction_mse"].metric_name == "Reconstruction MSE"
     assert "are no FID" in card.text
     assert "Seeds: 0, 1." in card.text
     assert "biases" in card.text

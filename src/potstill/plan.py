@@ -321,7 +321,7 @@ def _bytes(net: nn.Module) -> int:
 
 
 def _network(net: nn.Module) -> str:
-    return f"{type(net).__name__}, {parameters(net):,} parameters, {_mib(_bytes(net))}"
+    return f"{type(net).__name__}, {parameters(net):,} parameters, {_mib(_bytes(net))} of weights"
 
 
 def _mib(size: float) -> str:

@@ -177,6 +177,10 @@ def _over(seeds: Sequence[int]) -> str:
     return "of 1 seed" if len(seeds) == 1 else f"over {len(seeds)} seeds"
 
 
+# Figures of features of the images, which mean nothing without their name; the others are of pixels, latents or labels.
+_ON_FEATURES = {"frechet", "frechet_sqrt", "kid", "emd", "mmd", "energy_distance", "one_nn", "precision", "recall", "density", "coverage"}
+
+
 def _results(job: Job, metrics: dict[str, Any] | None) -> Iterator[EvalResult]:
     """The figures of a student's arm, as the Hub's model-index has them."""
     if metrics is None:
@@ -195,7 +199,7 @@ def _results(job: Job, metrics: dict[str, Any] | None) -> Iterator[EvalResult]:
             dataset_type=data,
             dataset_name=f"{data}, {reference['n']} images",
             metric_type=metric.key,
-            metric_name=f"{metric.label}{features}",
+            metric_name=f"{metric.label}{features if metric.key in _ON_FEATURES else ''}",
             metric_value=value.mean,
             metric_config=f"{format_value(value, metric.key)} {_over(metrics['seeds'])}",
         )
