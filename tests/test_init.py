@@ -178,6 +178,13 @@ def test_a_function_is_told_to_be_written(tmp_path, monkeypatch, capsys):
     ]
 
 
+def test_a_function_that_is_there_is_not_told_to_be_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "both.py").write_text(textwrap.dedent(OWN) + "\n\nstudent = generator\n")
+    assert cli.main(["init", "both:generator", "--import", "both", "--out", "x.yaml"]) == 0
+    assert "first write" not in capsys.readouterr().out
+
+
 def told_to_uncomment(text):
     """The recipe after what its comment says: the # of as many lines as it names is taken away."""
     lines = text.splitlines(keepends=True)

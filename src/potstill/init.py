@@ -66,9 +66,17 @@ def init(model: str, out: Path, allowed: Sequence[str] = ()) -> list[str]:
         raise taken from None
     code = "".join(f" --import {module}" for module in allowed)
     told = [f"{out}: a recipe for {model}", f"look at it, then: potstill run {out}{code} --dry-run"]
-    if found.student and found.student.target:
+    if found.student and found.student.target and not _is_there(found.student.target, allowed):
         told.insert(1, f"first write {found.student.target}: a function that returns the student as a potstill Model")
     return told
+
+
+def _is_there(target: str, allowed: Sequence[str]) -> bool:
+    try:
+        build.named(target, allowed)
+    except BadInput:
+        return False
+    return True
 
 
 def teacher_section(model: str) -> dict[str, Any]:
