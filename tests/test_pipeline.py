@@ -448,6 +448,7 @@ OWN = """
 from torch import nn
 from potstill.model import Images, Model
 from own_net import Linear
+import own_small
 
 def teacher():
     net = Linear(32)
@@ -458,7 +459,7 @@ def teacher():
     return Model(net, Images((1, 8, 8)), generate)
 
 def student():
-    net = Linear(2)
+    net = own_small.Small()
     return Model(net, Images((1, 8, 8)), lambda sample: net(sample.normal("z", (4,))).view(-1, 1, 8, 8))
 """
 OWN_NET = """
@@ -470,10 +471,20 @@ class Linear(nn.Sequential):
 """
 
 
-@pytest.mark.parametrize("changed", ["own", "own_net"])
+OWN_SMALL = """
+from own_net import Linear
+
+class Small(Linear):
+    def __init__(self):
+        super().__init__(2)
+"""
+
+
+@pytest.mark.parametrize("changed", ["own", "own_net", "own_small"])
 def test_code_of_ones_own_that_has_changed_is_another_input(place, changed):
     """A process each, for a module is imported once."""
     (place.folder / "own.py").write_text(OWN)
+    (place.folder / "own_small.py").write_text(OWN_SMALL)
     (place.folder / "own_net.py").write_text(OWN_NET.replace("super()", "import torch; torch.manual_seed(0); super()"))
     place.recipe |= {"teacher": {"kind": "python", "target": "own:teacher"}, "student": {"target": "own:student"}}
     place.recipe["distill"] = {"generate": {"steps": 2, "batch": 8}, "infer": None}
@@ -491,7 +502,7 @@ def test_code_of_ones_own_that_has_changed_is_another_input(place, changed):
     assert code == 0
     assert said.count("done already") == 2
     before = snapshot(place.out)
-    file.write_text(re.sub("^(class Linear|def student)", r"times = 2\n\n\1", file.read_text(), flags=re.MULTILINE))
+    file.write_text(re.sub("^(class Linear|class Small|def student)", r"times = 2\n\n\1", file.read_text(), flags=re.MULTILINE))
     code, said = run()
     assert code == 2
     assert f"differs: code.{changed}" in said

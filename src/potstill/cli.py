@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import io
 import json
 import os
@@ -11,14 +10,14 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .errors import BadInput, Failed, shown
+from .errors import BadInput, Failed, meant, shown
 from .ranks import ALONE, Ranks, launched, together
 from .store import is_url
 from .worker import INTERRUPTED
@@ -298,7 +297,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.print_help(sys.stderr)
         raise SystemExit(2)
     if not words[0].startswith("-") and words[0] not in commands:
-        parser.error(f"{words[0]}: no such command{_meant(words[0], commands) or '; there are ' + ', '.join(commands)}")
+        parser.error(f"{words[0]}: no such command{meant(words[0], commands) or '; there are ' + ', '.join(commands)}")
     arguments, rest = parser.parse_known_args(words)
     if arguments.command is None:
         parser.error("a command is expected first: " + ", ".join(commands))
@@ -309,18 +308,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         command.error(hint)
     if unknown:
         option = unknown[0].partition("=")[0]
-        names = [name[2:] for name in command._option_string_actions if name.startswith("--")]  # dashes would make all alike
-        meant = _meant(option.lstrip("-"), names, "--") if option.startswith("-") else ""
-        command.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+        names = [name[2:] for name in command._option_string_actions if name.startswith("--")]
+        suggestion = meant(option.lstrip("-"), names, "--") if option.startswith("-") else ""
+        command.error(f"unrecognized arguments: {' '.join(unknown)}{suggestion}")
     if rest:
         arguments.overrides += rest
     return arguments
-
-
-def _meant(found: str, known: Iterable[str], before: str = "") -> str:
-    """A suggestion, where a word is much like one that is known; what stands before each of those is left out of them."""
-    close = difflib.get_close_matches(found, list(known), n=1)
-    return f"; did you mean {before}{close[0]}?" if close else ""
 
 
 def _override_meant(words: Sequence[str]) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 import re
@@ -28,7 +27,7 @@ from pydantic import (
     model_validator,
 )
 
-from .errors import RecipeError, has_token, shown
+from .errors import RecipeError, has_token, meant, shown
 from .store import checked, is_url
 
 MAX_RECIPE_BYTES = 1 << 20
@@ -1289,7 +1288,7 @@ def _unknown(location: Sequence[int | str]) -> str:
     others = [kind for s in every if key in s.get("properties", {}) for kind in _kinds(s)]
     if others and any(home[-1] in _kinds(s) for s in every):
         return f"is of kind {' or '.join(others)}, and here kind is {home[-1]}; remove it, or change kind"
-    return "unknown key" + _meant(key, [known for s in _sections(home) for known in s.get("properties", {})])
+    return "unknown key" + meant(key, [known for s in _sections(home) for known in s.get("properties", {})])
 
 
 def recipe_keys() -> list[str]:
@@ -1321,7 +1320,7 @@ def _problem(error: Any) -> str:
         return f"{path}: {'its kind is missing' if isinstance(error['input'], dict) else _WORDS['dict_type']}"
     if error["type"] == "union_tag_invalid":
         kinds, kind = _choices(error), error["input"]["kind"]
-        return f"{path}.kind: one of {', '.join(kinds)} is expected (found {_SHORT.repr(kind)}){_meant(kind, kinds)}"
+        return f"{path}.kind: one of {', '.join(kinds)} is expected (found {_SHORT.repr(kind)}){meant(kind, kinds)}"
     pattern = error.get("ctx", {}).get("pattern")
     message = (
         _WORDS.get(error["type"])
@@ -1334,19 +1333,13 @@ def _problem(error: Any) -> str:
     # An address is not repeated: where it is wrong, it may hold a secret in a way that nobody has thought of.
     hidden = isinstance(found, (dict, list, tuple)) or error["type"] == "missing" or (isinstance(found, str) and is_url(found))
     shown = "" if hidden else f" (found {_SHORT.repr(found)})"
-    return f"{path or 'recipe'}: {message[0].lower() + message[1:]}{shown}{_meant(found, _choices(error))}"
+    return f"{path or 'recipe'}: {message[0].lower() + message[1:]}{shown}{meant(found, _choices(error))}"
 
 
 def _choices(error: Any) -> list[str]:
     """The values that one of a few could have had, of an error that tells them."""
     told = error.get("ctx", {})
     return re.findall(r"'([^']*)'", str(told.get("expected_tags") or told.get("expected") or ""))
-
-
-def _meant(found: Any, known: Sequence[str]) -> str:
-    """A suggestion, where what was found is much like one that is known."""
-    close = difflib.get_close_matches(str(found), known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 # pydantic speaks of Python, but a recipe is YAML.

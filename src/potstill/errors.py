@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
+from collections.abc import Iterable
 
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")  # what the Hub's access tokens look like
 _VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
@@ -62,3 +64,12 @@ def _without_tokens(text: str) -> str:
 def shown(text: str) -> str:
     """A text as a terminal or a log may have it: without secrets, and with control characters but line breaks written out."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in redacted(text))
+
+
+def meant(found: object, known: Iterable[str], before: str = "") -> str:
+    """A suggestion to end a message with, where what was found is much like one that is known.
+
+    What stands before each of those is left out of them, such as the dashes of options, which would make all alike.
+    """
+    close = difflib.get_close_matches(str(found), list(known), n=1)
+    return f"; did you mean {before}{close[0]}?" if close else ""

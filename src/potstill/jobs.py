@@ -144,10 +144,15 @@ class Workshop:
 
     @cached_property
     def code(self) -> dict[str, str]:
-        """Digests of the modules of one's own that make the teacher and its students, and of those that their networks come from."""
+        """Digests of the modules of one's own that make the teacher and its students, and of those that their networks come from.
+
+        A student of one's own is made for it even where a stage has no part in one: the two are mostly in the same module.
+        """
         targets = [getattr(section, "target", None) for section in (self.recipe.teacher, self.recipe.student)]
         own = {target.partition(":")[0] for target in targets if target and build.named(target, self.allowed)}
-        own |= {type(module).__module__ for module in self.teacher.net.modules()} if own else set()
+        nets = [self.teacher.net] if own else []
+        nets += [self.student_of(self.teacher, 0).net] if targets[1] else []
+        own |= {type(module).__module__ for net in nets for module in net.modules()}
         return {name: digest for name in sorted(own) if (digest := build.digest_of_code(name))}
 
     @cached_property

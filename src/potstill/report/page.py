@@ -433,7 +433,7 @@ def _render(run: Path) -> str:
         scatter=_scatter(arms, compared, floor.get(compared.key)),
         script=Markup(script),
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
-        uneven=tables.uneven(metrics),
+        uneven=tables.uneven_updates(metrics),
         too_few=tables.too_few(metrics),
         value=tables.format_value,
         count=_count,

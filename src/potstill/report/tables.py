@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 __all__ = ["ARM_LABELS", "DASH", "METRICS", "Arm", "Metric", "Value", "arms_of", "compared_metric", "features_of", "floor_of"]
 __all__ += ["SURROGATE", "format_value", "metric_of", "metrics_in", "ratio", "subject_of", "surrogate_label", "surrogate_metrics"]
-__all__ += ["BLIND", "by_teacher", "floor_name", "privacy_of", "too_few", "uneven"]
+__all__ += ["BLIND", "by_teacher", "floor_name", "privacy_of", "too_few", "uneven_updates"]
 __all__ += ["export_metrics", "exports_of", "surrogates_of", "text_table", "verdict"]
 
 DASH = "–"
@@ -302,9 +302,10 @@ def too_few(metrics: Mapping[str, Any]) -> str:
     return f"{n:,.0f} images are too few for {dimensions:,.0f} features: Fréchet distances of so few are mostly chance"
 
 
-def uneven(metrics: Mapping[str, Any]) -> bool:
-    """Whether students had different numbers of updates."""
-    return len({arm.updates for arm in arms_of(metrics) if arm.kind != "teacher" and arm.updates is not None}) > 1
+def uneven_updates(metrics: Mapping[str, Any]) -> list[int]:
+    """The numbers of updates that students had, increasing, where they differ; none where all had as many."""
+    found = {arm.updates for arm in arms_of(metrics) if arm.kind != "teacher" and arm.updates is not None}
+    return sorted(found) if len(found) > 1 else []
 
 
 def features_of(metrics: Mapping[str, Any]) -> str:
@@ -569,9 +570,8 @@ def text_table(metrics: Mapping[str, Any]) -> str:
     lines.append(_cut("; ".join(notes), _WIDTH))
     if few := too_few(metrics):
         lines.append(few)
-    if uneven(metrics):
-        had = {arm.updates for arm in arms if arm.kind != "teacher" and arm.updates is not None}
-        counts = ", ".join(f"{count:,}" for count in sorted(had))
+    if uneven := uneven_updates(metrics):
+        counts = ", ".join(f"{count:,}" for count in uneven)
         lines.append(_cut(f"students had different numbers of updates ({counts}): they do not compare like for like", _WIDTH))
     if by_teacher(metrics):
         lines += [_cut(f"reference: images of {_origin(metrics)}, no real data;", _WIDTH), BLIND]
